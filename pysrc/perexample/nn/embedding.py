@@ -1,0 +1,78 @@
+"""Embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import autograd
+from ..moments import MomentModule
+
+__all__ = ["Embedding"]
+
+
+class Embedding(MomentModule, nn.Embedding):
+    """torch.nn.Embedding whose backward also computes ``p.sum_grad_squared`` (MATHS 6).
+
+    Input: indices (B, ...). Indices without a batch, ``[T]`` or ``[1, T]`` in a batch of another size (position ids), are
+    expanded to the batch, so the output has a batch dimension; a broadcast after the layer would add examples
+    together before they can be squared.
+
+    Attributes:
+        batched: None, to tell by the shape; True: dimension 0 is the batch; False: there is none, expand. Has to be
+            set where one-dimensional indices are as many as the examples, which could mean either.
+
+    Raises:
+        ValueError: for `max_norm`, `scale_grad_by_freq`, `sparse`, which have no per-example gradient here.
+    """
+
+    batched: bool | None = None
+
+    def __init__(self, *args: Any, batched: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batched = batched
+        unsupported = unsupported_embedding(self)
+        if unsupported:
+            raise ValueError(f"Embedding: {unsupported}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._recording("weight"):
+            return super().forward(input)
+        input = self._with_batch(input)
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        return autograd.embedding(input, self.weight, *self._leaves("weight"), self.padding_idx)
+
+    def _with_batch(self, indices: Tensor) -> Tensor:
+        batch = self._examples.batch
+        if batch is None or self.batched:
+            self._check_batch(indices, 1)
+            return indices
+        first = indices.shape[0] if indices.dim() else 1
+        if self.batched is False:
+            bare = indices.squeeze(0) if indices.dim() > 1 and first == 1 else indices
+            return bare.expand(batch, *bare.shape)
+        if indices.dim() == 1 and first == batch and batch > 1:
+            raise ValueError(
+                f"{self._label()} saw {first} indices in a batch of {batch} examples: one for each example, or {first} positions "
+                f"without a batch? Set its attribute: batched=True or batched=False"
+            )
+        if indices.dim() == 1 and first != batch:
+            return indices.expand(batch, first)
+        if indices.dim() > 1 and first == 1 and batch != 1:
+            return indices.expand(batch, *indices.shape[1:])
+        self._check_batch(indices, 1)
+        return indices
+
+
+def unsupported_embedding(module: nn.Embedding) -> str:
+    """Why this embedding cannot be served; empty if it can."""
+    if module.max_norm is not None:
+        return "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq divides by counts over the whole batch, which mixes examples; set it to False"
+    if module.sparse:
+        return "sparse gradients have no second moment here; set sparse=False"
+    return ""

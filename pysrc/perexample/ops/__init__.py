@@ -1,0 +1,22 @@
+"""The ops: schema, reference (the dispatcher's default kernel), fake kernel and validated function of each."""
+
+from ._library import NAMESPACE, OPS
+from .adam import adam_step_
+from .conv import conv_moments
+from .embedding import embedding_moments
+from .linear import linear_moments
+from .norm import group_norm_moments, layer_norm_moments
+from .reduce import bias_moments, reduce_moments
+
+__all__ = [
+    "NAMESPACE",
+    "OPS",
+    "adam_step_",
+    "bias_moments",
+    "conv_moments",
+    "embedding_moments",
+    "group_norm_moments",
+    "layer_norm_moments",
+    "linear_moments",
+    "reduce_moments",
+]

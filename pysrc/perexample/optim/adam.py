@@ -1,0 +1,405 @@
+"""Adam on per-example second moments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..moments import ExampleCount, Moment, accumulate_dtype, moment_of
+
+__all__ = ["Adam"]
+
+
+class _Bucket(NamedTuple):
+    """The parameters that one call of the fused op updates: same group, device and example count."""
+
+    group: dict[str, Any]
+    examples: ExampleCount | None
+    batch_size: Tensor | None
+    params: list[Tensor]
+    grads: list[Tensor]
+    sums: list[Tensor]
+
+
+class Adam(Optimizer):
+    """Adam with decoupled weight decay, whose second moment averages squared *per-example* gradients.
+
+    All hyper-parameters are values for batch size 1. With B examples in the step, n examples seen so far, ``ghat``
+    the mean gradient and ``s`` the mean over examples of the squared per-example gradient (MATHS 2, 11, 16-18)::
+
+        kappa      = min(1, B / min(n, N))                                   # N = n_g, and N = n_s
+        exp_avg    = (1 - kappa_g) exp_avg + kappa_g ghat
+        exp_avg_sq = (1 - kappa_s) exp_avg_sq + kappa_s s
+        p          = (1 - B lr weight_decay) p - B lr exp_avg / (sqrt(exp_avg_sq) + eps)
+
+    B is what was backpropagated since the gradients were cleared: micro-batches add up, and it may change from step
+    to step. An LR scheduler acts on `lr`.
+
+    Args:
+        params: parameters (or named parameters, or groups) of a converted model, or of px.nn layers.
+        lr: learning rate for batch size 1 (eta_0). A float or a scalar tensor.
+        n_g: averaging time of the gradient, in examples (N0_g); 1 / (1 - beta1) steps of batch size 1.
+        n_s: averaging time of the second moment, in examples (N0_s).
+        eps: added to the root.
+        weight_decay: decoupled (AdamW), per example: independent of B.
+        second_moment: "per_example" (MATHS 17), or "per_batch" for the square of the mean gradient (MATHS 16), which
+            also works on a model that is not converted; `step` then needs its `batch_size`.
+        loss_reduction: "mean" or "sum", how the loss combines the examples of a batch. Micro-batches of a mean-reduced
+            loss have to be weighted by their share of the batch, as with any optimizer.
+        maximize: ascend.
+        guard: raise where a gradient is larger than its second moment allows, that is, where part of it did not
+            come through the layers (Cauchy-Schwarz).
+
+    Raises:
+        TypeError, ValueError: for arguments out of range, or a parameter without second moment.
+
+    Equivalent, for batch size 1 and without averaging-time limits, to torch.optim.AdamW with betas
+    ``(1 - 1 / min(t, n_g), 1 - 1 / min(t, n_s))`` and no bias correction.
+    """
+
+    # GradScaler then hands the scale over instead of dividing p.grad alone, which would leave the second moment scaled.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor,
+        n_g: float,
+        n_s: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        second_moment: str = "per_example",
+        loss_reduction: str = "mean",
+        maximize: bool = False,
+        guard: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "n_g": n_g,
+            "n_s": n_s,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "second_moment": second_moment,
+            "loss_reduction": loss_reduction,
+            "maximize": maximize,
+            "guard": guard,
+        }
+        self._prepare()
+        super().__init__(params, defaults)
+
+    def _prepare(self) -> None:
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._pending_flags: list[tuple[Tensor, Any, list[Tensor]]] = []
+        self._warned = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked here, and that its parameters have a second moment."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for option, low, inclusive in (
+            ("lr", 0.0, True),
+            ("n_g", 1.0, True),
+            ("n_s", 1.0, True),
+            ("eps", 0.0, True),
+            ("weight_decay", 0.0, True),
+        ):
+            value = group[option]
+            if option == "lr" and isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise ValueError(f"{name}: lr must be a scalar tensor, got shape {tuple(value.shape)}")
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: {option} must be a number, got {type(value).__name__}")
+            if not (value >= low) or (option in ("lr", "weight_decay", "eps") and math.isinf(value)):
+                raise ValueError(f"{name}: {option} must be {'at least' if inclusive else 'above'} {low:g}, got {value}")
+        for option, allowed in (("second_moment", ("per_example", "per_batch")), ("loss_reduction", ("mean", "sum"))):
+            if group[option] not in allowed:
+                raise ValueError(f"{name}: {option} must be one of {', '.join(allowed)}, got {group[option]!r}")
+        for index, p in enumerate(group["params"]):
+            if p.is_complex():
+                raise TypeError(f"{name}: {self._name_of(p, group, index)} is complex; only real parameters are supported")
+            if group["second_moment"] == "per_example" and p.requires_grad and moment_of(p) is None:
+                raise ValueError(
+                    f"{name}: {self._name_of(p, group, index)}, of shape {tuple(p.shape)}, has no second moment: no layer of "
+                    f"perexample owns it; call px.convert(model) before making the optimizer, or use second_moment='per_batch'"
+                )
+
+    def _name_of(self, p: Tensor, group: dict[str, Any], index: int | None = None) -> str:
+        moment = moment_of(p)
+        if moment is not None and moment.name:
+            return f"parameter '{moment.name}'"
+        if index is None:
+            index = next(i for i, q in enumerate(group["params"]) if q is p)
+        if "param_names" in group:
+            return f"parameter '{group['param_names'][index]}'"
+        return f"parameter {index} of its group"
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, batch_size: int | Tensor | None = None
+    ) -> Any:
+        """Perform one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+            batch_size: number of examples in the gradients, instead of what the converted model counted: for layers
+                used without px.convert, or second_moment="per_batch" on a stock model.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a second moment or the number of examples is missing, a forward pass had no backward, or
+                the guard found a gradient that bypassed the layers. But for the guard nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._raise_flagged(wait=False)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        buckets = self._collect(self._as_batch_size(batch_size))
+        if found_inf is not None and grad_scale is None and any(bucket.sums for bucket in buckets):
+            raise RuntimeError(
+                f"{type(self).__name__}: GradScaler.unscale_(optimizer) divided the gradients but cannot divide their second "
+                f"moments; leave out unscale_, GradScaler.step(optimizer) hands the scale over"
+            )
+        for bucket in buckets:
+            self._update(bucket, grad_scale, found_inf)
+        self._raise_flagged(wait=False)
+        return loss
+
+    def _as_batch_size(self, batch_size: int | Tensor | None) -> Tensor | None:
+        if batch_size is None:
+            return None
+        if isinstance(batch_size, Tensor) and batch_size.numel() == 1:
+            return batch_size.detach().reshape(()).double()
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(
+                f"{type(self).__name__}.step: batch_size must be an int or a scalar tensor, got {type(batch_size).__name__}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"{type(self).__name__}.step: batch_size must be at least 1, got {batch_size}")
+        return torch.tensor(batch_size, dtype=torch.float64)
+
+    def _collect(self, batch_size: Tensor | None) -> list[_Bucket]:
+        """Sort the parameters into buckets; raises before anything is changed."""
+        counts = {
+            id(moment.examples): moment.examples
+            for group in self.param_groups
+            for p in group["params"]
+            if (moment := moment_of(p)) is not None
+        }
+        for examples in counts.values():
+            examples.drop_cleared()
+        buckets: dict[tuple[Any, ...], _Bucket] = {}
+        for number, group in enumerate(self.param_groups):
+            per_example = group["second_moment"] == "per_example"
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise RuntimeError(f"{type(self).__name__}: {self._name_of(p, group)} has a sparse gradient; use a dense one")
+                moment = moment_of(p)
+                second = None
+                if per_example:
+                    second = self._second_moment(p, grad, moment, group)
+                    if second is None:
+                        continue
+                examples = None if moment is None else moment.examples
+                base = None if moment is None else moment.base
+                key = (number, p.device, id(examples), id(base))
+                bucket = buckets.get(key)
+                if bucket is None:
+                    total = batch_size if batch_size is not None else self._counted(p, group, examples, base)
+                    bucket = buckets[key] = _Bucket(group, examples, total, [], [], [])
+                bucket.params.append(p)
+                bucket.grads.append(grad)
+                if second is not None:
+                    bucket.sums.append(second)
+        if not buckets and any(examples.forward_pending for examples in counts.values()):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter has a gradient; "
+                f"call loss.backward() before step()"
+            )
+        self._warn_beyond_horizon(batch_size, buckets.values())
+        return list(buckets.values())
+
+    def _second_moment(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> Tensor | None:
+        if moment is not None and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
+            return moment.leaf.grad
+        if moment is not None and not bool(grad.any()):
+            return None  # zero_grad(set_to_none=False), and no gradient since
+        raise RuntimeError(
+            f"{type(self).__name__}.step: {self._name_of(p, group)} has a gradient but no second moment: its forward pass ran in eval "
+            f"mode, under px.no_moments(), or outside of the layer that owns it (F.linear on its weight, say); run the layer itself "
+            f"in training mode"
+        )
+
+    def _counted(
+        self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Tensor | None
+    ) -> Tensor:
+        total = None if examples is None else examples.total
+        if examples is not None and examples.uncounted and total is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the converted model as well as "
+                f"inside, so its examples were not all counted; convert the part that is called by itself (px.convert(model.part)), "
+                f"or pass step(batch_size=...)"
+            )
+        if total is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward pass did not go through "
+                f"the output of a converted model (a sub-module was called directly, or px.convert was not); call the model that "
+                f"was converted, convert the part that is called (px.convert(model.part)), or pass step(batch_size=...)"
+            )
+        return total if base is None else total - base
+
+    def _warn_beyond_horizon(self, batch_size: Tensor | None, buckets: Iterable[_Bucket]) -> None:
+        """MATHS (12): beyond N nothing is averaged, and batch-size invariance ends. Said once, from host values."""
+        if self._warned:
+            return
+        for bucket in buckets:
+            if batch_size is not None and batch_size.device.type == "cpu":
+                size = int(batch_size)
+            else:
+                size = 0 if bucket.examples is None else bucket.examples.last_batch
+            horizon = min(bucket.group["n_g"], bucket.group["n_s"])
+            if size > horizon:
+                self._warned = True
+                warnings.warn(
+                    f"{type(self).__name__}: the batch of {size} examples is larger than the averaging time of {horizon:g} examples "
+                    f"(n_g, n_s): nothing is averaged, and from here on results depend on the batch size",
+                    stacklevel=4,
+                )
+                return
+
+    def _update(self, bucket: _Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        group, params = bucket.group, bucket.params
+        device = params[0].device
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                self._initialise(p, state)
+        guarded = group["guard"] and bucket.sums
+        violations = torch.zeros(len(params), dtype=torch.int32, device=device)
+        lr = group["lr"]
+        assert bucket.batch_size is not None
+        torch.ops.perexample.adam_step_(
+            params,
+            bucket.grads,
+            bucket.sums,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            self._pack_examples(params, states),
+            violations,
+            bucket.batch_size.to(device, non_blocking=True),
+            lr.to(device, torch.float64) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device),
+            float(group["n_g"]),
+            float(group["n_s"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            group["loss_reduction"] == "mean",
+            group["maximize"],
+            0 if not guarded or bucket.examples is None else max(1, bucket.examples.rounds),
+            None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+            None if found_inf is None else found_inf.to(device, non_blocking=True),
+        )
+        if guarded:
+            self._note_flags(violations, params)
+
+    @staticmethod
+    def _initialise(p: Tensor, state: dict[str, Any]) -> None:
+        dtype = accumulate_dtype(p.dtype)
+        state["examples"] = torch.zeros((), dtype=torch.float64, device=p.device)
+        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _pack_examples(self, params: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
+        """The example counts of `params` as one tensor, of which the states hold the elements."""
+        key = tuple(map(id, params))
+        packed = self._packed.get(key)
+        if packed is None or states[0]["examples"]._base is not packed:
+            packed = torch.stack([state["examples"] for state in states])
+            for state, element in zip(states, packed.unbind(), strict=True):
+                state["examples"] = element
+            self._packed[key] = packed
+        return packed
+
+    def _note_flags(self, violations: Tensor, params: list[Tensor]) -> None:
+        if violations.device.type == "cpu":
+            self._pending_flags.append((violations, None, params))
+        elif not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event()
+            flags = violations.to("cpu", non_blocking=True)
+            event.record()
+            self._pending_flags.append((flags, event, params))
+
+    def _raise_flagged(self, wait: bool) -> None:
+        """Raise for what the guard flagged; on an accelerator only once the flags have arrived, a step late."""
+        waiting, flagged = [], []
+        for flags, event, params in self._pending_flags:
+            if event is not None and not wait and not event.query():
+                waiting.append((flags, event, params))
+            elif bool(flags.any()):
+                flagged += [params[i] for i in flags.nonzero().flatten().tolist()]
+        self._pending_flags = waiting
+        if flagged:
+            self._pending_flags = []
+            groups = {id(p): group for group in self.param_groups for p in group["params"]}
+            names = ", ".join(self._name_of(p, groups[id(p)]) for p in flagged[:5])
+            more = f" and {len(flagged) - 5} more" if len(flagged) > 5 else ""
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the gradient of {names}{more} is larger than its second moment allows "
+                f"((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: F.linear or F.conv2d on the "
+                f"layer's weight, a hook or code that changed p.grad, a penalty on the weights in the loss (use weight_decay, which "
+                f"is decoupled), a wrong batch_size. guard=False turns this check off. The step has been applied"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, the second moments and the example count."""
+        super().zero_grad(set_to_none)
+        touched: dict[int, tuple[ExampleCount, list[Moment]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                moment = moment_of(p)
+                if moment is not None:
+                    touched.setdefault(id(moment.examples), (moment.examples, []))[1].append(moment)
+        for examples, moments in touched.values():
+            examples.drop(moment for moment in moments if moment.live)
+            if not examples.alive():
+                examples.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, bit for bit: the state keeps its own dtype, whatever the parameter's."""
+        super().load_state_dict(state_dict)
+        self._prepare()
+        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for p, key in zip(own, saved, strict=True):
+            if key in state_dict["state"]:
+                wide = accumulate_dtype(p.dtype)
+                self.state[p] = {
+                    name: value.to(p.device, torch.float64 if name == "examples" else wide, copy=True)
+                    for name, value in state_dict["state"][key].items()
+                }
