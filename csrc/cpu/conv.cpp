@@ -152,8 +152,7 @@ struct Plan {
     const int64_t padded =
         conv.groups * round_up(p.outputs, widest_panel<S>) * (round_up(p.rows, 8) + 1);
     p.splits = 1;
-    while (p.splits < min_of(conv.B, kMaxSplits) &&
-           2 * p.splits * padded <= kSplitElements)
+    while (p.splits < min_of(conv.B, kMaxSplits) && 2 * p.splits * padded <= kSplitElements)
       p.splits *= 2;
     p.splits = max_of(1, min_of(p.splits, conv.B));
 
@@ -263,39 +262,31 @@ void pack_dy(const Conv& conv, const Box& box, const In* dy, int64_t outputs, in
   }
 }
 
-// to[c][window] = the input of one example around a box, zeros where it is padding.
+// to[c][window] = the input of one example around a box. Leaves the padding alone.
 template <class In, class S>
 void pack_window(const Conv& conv, const Box& box, const int64_t (&window)[3], const In* x,
                  int64_t channels, S* to) {
   const int64_t* stride = conv.x_stride + 1;  // c, d, h, w
-  const int64_t size = volume(window);
+  const int64_t size = volume(window), unit[3] = {1, 1, 1};
   int64_t origin[3];
   for (int i = 0; i < 3; ++i) origin[i] = box.begin[i] * conv.stride[i] - conv.padding[i];
-  const int64_t left = min_of(max_of(-origin[2], 0), window[2]);
-  const int64_t right = max_of(min_of(conv.in[2] - origin[2], window[2]), left);
-  const bool across = stride[3] != 1 && stride[0] == 1;  // channels_last
-  for (int64_t d = 0; d < window[0]; ++d) {
-    for (int64_t h = 0; h < window[1]; ++h) {
-      S* row = to + (d * window[1] + h) * window[2];
-      const int64_t in_d = origin[0] + d, in_h = origin[1] + h;
-      if (in_d < 0 || in_d >= conv.in[0] || in_h < 0 || in_h >= conv.in[1]) {
-        for (int64_t c = 0; c < channels; ++c) zero(row + c * size, window[2]);
-        continue;
-      }
-      const In* from = x + in_d * stride[1] + in_h * stride[2] + (origin[2] + left) * stride[3];
-      if (across) transpose(right - left, channels, from, stride[3], row + left, size);
-      for (int64_t c = 0; c < channels; ++c, row += size, from += stride[0]) {
-        for (int64_t w = 0; w < left; ++w) row[w] = 0;
-        for (int64_t w = right; w < window[2]; ++w) row[w] = 0;
-        if (across) continue;
-        if (stride[3] == 1) {
-          widen_row(right - left, from, row + left);
-        } else {
-          for (int64_t w = left; w < right; ++w) row[w] = widen(from[(w - left) * stride[3]]);
-        }
-      }
-    }
+  const Inside inside(conv, origin, unit, window);
+  const int64_t left = inside.begin[2], width = inside.end[2] - left;
+  if (width <= 0) return;
+  x += (origin[2] + left) * stride[3];
+  to += left;
+  if (stride[3] != 1 && stride[0] == 1) {  // channels_last
+    for (int64_t d = inside.begin[0]; d < inside.end[0]; ++d)
+      for (int64_t h = inside.begin[1]; h < inside.end[1]; ++h)
+        transpose(width, channels, x + (origin[0] + d) * stride[1] + (origin[1] + h) * stride[2],
+                  stride[3], to + (d * window[1] + h) * window[2], size);
+    return;
   }
+  for (int64_t c = 0; c < channels; ++c, x += stride[0], to += size)
+    for (int64_t d = inside.begin[0]; d < inside.end[0]; ++d)
+      for (int64_t h = inside.begin[1]; h < inside.end[1]; ++h)
+        copy_row(width, x + (origin[0] + d) * stride[1] + (origin[1] + h) * stride[2], stride[3],
+                 to + (d * window[1] + h) * window[2]);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -354,6 +345,8 @@ void sum_block(const Conv& conv, const Plan& p, const Block& block, int64_t b_be
         stride[3] = 1;
         for (int i = 2; i >= 0; --i) stride[i] = stride[i + 1] * window[i];
         stream.x_step = block.channels * stride[0];
+        // The padding stays zero from group to group unless the box changes.
+        if (p.box_count > 1 || b0 == b_begin) zero(scratch.x, examples * stream.x_step);
         for (int64_t e = 0; e < examples; ++e) {
           const In* from =
               at<In>(conv.x, (b0 + e) * conv.x_stride[0] + block.c_begin * conv.x_stride[1]);

@@ -66,6 +66,13 @@ PX_INLINE V exchange(V a, V b, std::index_sequence<Lane...>) {
   }
 }
 
+// a[0], a[2], ... b[1], b[3], ...
+template <class V, std::size_t... Lane>
+PX_INLINE V even_lanes(V a, V b, std::index_sequence<Lane...>) {
+  constexpr std::size_t N = sizeof...(Lane);
+  return __builtin_shufflevector(a, b, (Lane < N / 2 ? 2 * Lane : 2 * Lane + 1)...);
+}
+
 template <int K, class V, int N>
 PX_INLINE void transpose_stages(V (&row)[N]) {
   if constexpr (K < N) {
@@ -109,6 +116,41 @@ void transpose(int64_t rows, int64_t columns, const From* from, int64_t from_str
     for (int64_t c = 0; c < columns; ++c)
       to[c * to_stride + r] = narrow<To>(widen(from[r * from_stride + c]));
 }
+
+// to[i] = from[i * step] for i < n.
+template <class In, class S>
+PX_INLINE void copy_row(int64_t n, const In* from, int64_t step, S* to) {
+  static_assert(std::is_same_v<S, Accumulator<In>>);
+  constexpr int L = lanes<S>;
+  if (n >= L && step == 1) {
+    for (int64_t i = 0; i < n - L; i += L) store(to + i, load_wide(from + i));
+    store(to + n - L, load_wide(from + n - L));
+  } else if (n >= L && step == 2) {
+    for (int64_t i = 0;; i = min_of(i + L, n - L)) {
+      // The even values; the second load starts one early so as not to pass the last.
+      const In* pair = from + 2 * i;
+      store(to + i,
+            even_lanes(load_wide(pair), load_wide(pair + L - 1), std::make_index_sequence<L>{}));
+      if (i == n - L) break;
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i * step]);
+  }
+}
+
+// The part of a grid (origin + step * i, i < size) of input positions that is not padding.
+struct Inside {
+  int64_t begin[3], end[3];
+
+  Inside(const Conv& conv, const int64_t (&origin)[3], const int64_t (&step)[3],
+         const int64_t (&size)[3]) {
+    for (int i = 0; i < 3; ++i) {
+      begin[i] = origin[i] < 0 ? ceil_div(-origin[i], step[i]) : 0;
+      end[i] =
+          origin[i] < conv.in[i] ? min_of(ceil_div(conv.in[i] - origin[i], step[i]), size[i]) : 0;
+    }
+  }
+};
 
 template <class S>
 PX_INLINE void zero(S* to, int64_t n) {

@@ -11,6 +11,9 @@
 
 #include <cstdint>
 
+// Visible outside the library, to perexample._info.
+#define PX_EXPORT __attribute__((visibility("default")))
+
 namespace perexample::cpu {
 
 enum class DType : int32_t { f32, f64, bf16, f16 };
@@ -170,13 +173,13 @@ struct Kernels {
 
 // The kernels for this machine: the best capability that it has, or the one that the environment
 // variable PEREXAMPLE_CPU_CAPABILITY names (generic, avx2, avx512, avx512_bf16).
-const Kernels& kernels();
+PX_EXPORT const Kernels& kernels();
 
 // This thread's reusable buffer number `slot` (0 to 3) of at least `bytes` bytes, 64-byte aligned,
 // contents undefined. Valid until the same thread asks for the same slot again. Keep it to a few MB.
 void* scratch(int64_t bytes, int slot);
 
 // Every capability that was compiled in and that this machine can run, best last.
-const Kernels* const* available_kernels(int* count);
+PX_EXPORT const Kernels* const* available_kernels(int* count);
 
 }  // namespace perexample::cpu

@@ -22,7 +22,6 @@ namespace perexample::cpu::PX_CAPABILITY {
 namespace {
 
 constexpr int64_t kGroup = 512;           // rows of packed operands, if T allows
-constexpr int64_t kSquaresGroup = 256;    // the same for T = 1, where squares are packed as well
 constexpr int64_t kPackedBytes = 3 << 19; // at most, for the rows operand of one block
 constexpr int64_t kStagedElements = 1 << 17;  // of a block that sums in scratch memory
 constexpr int64_t kPanelsAtOnce = 4;
@@ -112,29 +111,30 @@ void add_bias(const Operand& dy, const Rows& rows, int64_t column, int64_t colum
   }
 }
 
-// Adds (or stores) a finished tile of height x width elements to the sums.
+// Adds (or, the first time, stores) one row of a finished tile to the sums.
+template <class S>
+PX_INLINE void finish_row(const S* from, bool first, int64_t width, S* to, int64_t stride) {
+  int64_t n = 0;
+  if (stride == 1) {
+    for (; n + lanes<S> <= width; n += lanes<S>) {
+      store(to + n, first ? load(from + n) : load(to + n) + load(from + n));
+    }
+  }
+  for (; n < width; ++n) to[n * stride] = first ? from[n] : to[n * stride] + from[n];
+}
+
 template <class S>
 PX_INLINE void finish_tile(const S* g, const S* s, bool first, int64_t height, int64_t width,
                            int64_t tile_width, const Sums<S>& out) {
-  for (int64_t m = 0; m < height; ++m, g += tile_width, s += tile_width) {
-    S* to_g = out.g + m * out.row_stride;
-    S* to_s = out.s + m * out.row_stride;
-    int64_t n = 0;
-    if (out.column_stride == 1) {
-      for (; n + lanes<S> <= width; n += lanes<S>) {
-        Vec<S> sum = load(g + n), square_sum = load(s + n);
-        if (!first) {
-          sum += load(to_g + n);
-          square_sum += load(to_s + n);
-        }
-        store(to_g + n, sum);
-        store(to_s + n, square_sum);
-      }
+  if (width == kPanel<S> && out.column_stride == 1) {
+    for (int64_t m = 0; m < height; ++m) {
+      finish_row(g + m * kPanel<S>, first, kPanel<S>, out.g + m * out.row_stride, 1);
+      finish_row(s + m * kPanel<S>, first, kPanel<S>, out.s + m * out.row_stride, 1);
     }
-    for (; n < width; ++n) {
-      const int64_t i = n * out.column_stride;
-      to_g[i] = first ? g[n] : to_g[i] + g[n];
-      to_s[i] = first ? s[n] : to_s[i] + s[n];
+  } else {
+    for (int64_t m = 0; m < height; ++m) {
+      finish_row(g + m * tile_width, first, width, out.g + m * out.row_stride, out.column_stride);
+      finish_row(s + m * tile_width, first, width, out.s + m * out.row_stride, out.column_stride);
     }
   }
 }
@@ -166,14 +166,14 @@ PX_INLINE void prefetch_tile(const Sums<S>& out, int64_t height) {
 // The sums of one block.
 template <class S>
 void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
-  const int64_t MR = p.scheme.rows, NR = kPanel<S>;
+  const int64_t MR = kRowPanel, NR = kPanel<S>;
   const int64_t height = block.m1 - block.m0, width = block.n1 - block.n0;
   const int64_t panels = ceil_div(height, MR), column_panels = ceil_div(width, NR);
   const int64_t copies = p.scheme.squares ? 2 : 1;
   const int64_t max_rows = min(p.group, block.b1 - block.b0) * p.positions;
   const int64_t packed_rows_size = panels * MR * max_rows * copies;
   const int64_t packed_columns_size = min(kPanelsAtOnce, column_panels) * NR * max_rows * copies;
-  const int64_t examples_size = p.scheme.partial ? panels * MR * column_panels * NR : 0;
+  const int64_t examples_size = p.scheme.single ? panels * MR * column_panels * NR : 0;
   // Vectors never straddle the parts: kPanel<S> is a multiple of a cache line, or divides one.
   const int64_t columns_start = ceil_div(packed_rows_size, 64) * 64;
   S* packed_rows = static_cast<S*>(
@@ -181,7 +181,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
               kTaskScratch));
   S* packed_columns = packed_rows + columns_start;
   S* examples = packed_columns + packed_columns_size;
-  alignas(64) S g[kMaxTileRows * kPanel<S>], s[kMaxTileRows * kPanel<S>];
+  alignas(64) S g[kRowPanel * kPanel<S>], s[kRowPanel * kPanel<S>];
 
   for (int64_t b = block.b0; b < block.b1; b += p.group) {
     const bool first = b == block.b0;
@@ -212,9 +212,9 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
           if (!first) prefetch_tile(to, tile_rows);
           p.scheme.tile[vectors - 1](packed_rows + m * panel_rows,
                                      packed_columns + slot * NR * panel_rows, rows.examples,
-                                     rows.positions, g, s);
+                                     rows.positions, tile_rows, g, s);
           const int64_t tile_width = vectors * lanes<S>;
-          if (p.scheme.partial &&
+          if (p.scheme.single &&
               !complete_example(g, s, MR * tile_width, t == 0, t + rows.positions == p.T,
                                 examples + m * column_panels * NR + n * MR))
             continue;
@@ -232,7 +232,7 @@ struct Cut {
 
 template <class S>
 Cut choose_cut(const Problem<S>& p, bool staged, int64_t threads) {
-  const int64_t MR = p.scheme.rows, NR = kPanel<S>;
+  const int64_t MR = kRowPanel, NR = kPanel<S>;
   const int64_t copies = p.scheme.squares ? 2 : 1;
   const int64_t total_rows = p.B * p.T;
   Cut cut = {};
@@ -243,7 +243,7 @@ Cut choose_cut(const Problem<S>& p, bool staged, int64_t threads) {
   const int64_t packed_row = static_cast<int64_t>(sizeof(S)) * p.group * p.positions * copies;
   int64_t row_blocks = ceil_div(p.M, max(MR, kPackedBytes / packed_row));
   int64_t column_blocks = 1;
-  const int64_t largest = staged || p.scheme.partial ? kStagedElements : p.M * p.N;
+  const int64_t largest = staged || p.scheme.single ? kStagedElements : p.M * p.N;
   const int64_t wanted =
       threads == 1 ? 1 : min(threads, total_rows * p.M * p.N / kWorthATask) / cut.splits;
   // Cutting changes no sum: blocks begin at whole tiles.
@@ -338,19 +338,19 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   Problem<S> p = {};
   p.B = a.B;
   p.T = a.T;
-  p.scheme = choose_scheme<S>(a.T);
+  p.scheme = choose_scheme<S>(a.B, a.T);
   p.swapped = a.I <= lanes<S> && a.O > kPanel<S>;
   p.M = p.swapped ? a.I : a.O;
   p.N = p.swapped ? a.O : a.I;
   p.rows = p.swapped ? x : dy;
   p.columns = p.swapped ? dy : x;
-  p.pack_rows = choose_pack<In>(p.scheme.rows, p.scheme.squares);
-  p.pack_columns = choose_pack<In>(kPanel<S>, p.scheme.squares);
+  p.pack_rows = p.scheme.squares ? pack<In, kRowPanel, true> : pack<In, kRowPanel, false>;
+  p.pack_columns = p.scheme.squares ? pack<In, kPanel<S>, true> : pack<In, kPanel<S>, false>;
   p.add_bias = add_bias<In>;
-  p.group = max(1, (p.scheme.squares ? kSquaresGroup : kGroup) / a.T);
+  p.group = p.scheme.single ? 1 : max(1, kGroup / a.T);
   if (p.group > 1) p.group -= p.group % 2;  // examples are best taken in pairs
   p.group = min(p.group, a.B);
-  p.positions = p.scheme.partial ? ceil_div(a.T, ceil_div(a.T, kGroup)) : a.T;
+  p.positions = ceil_div(a.T, ceil_div(a.T, kGroup));
 
   const bool has_bias = a.db != nullptr;
   const bool rounds = a.grad_dtype != kSums;

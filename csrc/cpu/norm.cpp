@@ -35,10 +35,10 @@ Statistics<Accumulator<T>> statistics(const T* x, int64_t n, double eps) {
   using A = Accumulator<T>;
   constexpr int64_t L = lanes<A>;
   auto average = [&](A center, bool squared) {
-    Vec<A> total[2] = {};
+    Vec<A> total[4] = {};
     int64_t i = 0;
-    for (; i + 2 * L <= n; i += 2 * L) {
-      unroll<2>([&](auto v) PX_LAMBDA {
+    for (; i + 4 * L <= n; i += 4 * L) {
+      unroll<4>([&](auto v) PX_LAMBDA {
         Vec<A> d = load_wide(x + i + v * L) - broadcast(center);
         total[v] += squared ? d * d : d;
       });
@@ -48,7 +48,7 @@ Statistics<Accumulator<T>> statistics(const T* x, int64_t n, double eps) {
       A d = widen(x[i]) - center;
       rest += squared ? d * d : d;
     }
-    return (sum<A>(total[0] + total[1]) + rest) / static_cast<A>(n);
+    return (sum<A>((total[0] + total[1]) + (total[2] + total[3])) + rest) / static_cast<A>(n);
   };
   A mean = average(0, false);
   A variance = average(mean, true);
@@ -78,6 +78,19 @@ struct Sums {
         square_w(memory + 4 * width),
         square_b(memory + 5 * width) {}
 };
+
+// At an example's end: adds G and its square over columns [begin, end).
+template <class A>
+void add_example(const Sums<A>& s, int64_t begin, int64_t end) {
+  auto add = [&](const A* __restrict G, A* __restrict total, A* __restrict square) {
+    for (int64_t i = begin; i < end; ++i) {
+      total[i] += G[i];
+      square[i] += G[i] * G[i];
+    }
+  };
+  add(s.G_w, s.sum_w, s.square_w);
+  add(s.G_b, s.sum_b, s.square_b);
+}
 
 // Combines the sums of all pieces and writes the outputs. With several parts to an example, their
 // G are added before squaring. `sums` gives those of a piece.
@@ -356,10 +369,8 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
           A G_w, G_b;
           channel_sums(dy + at, x + at, a.S, s.mean, G_w, G_b);
           G_w *= s.rstd;
-          own.sum_w[c] += G_w;
-          own.sum_b[c] += G_b;
-          own.square_w[c] += G_w * G_w;
-          own.square_b[c] += G_b * G_b;
+          own.G_w[c] = G_w;
+          own.G_b[c] = G_b;
           total_hx += weight[c] * G_w;
           total_h += weight[c] * G_b;
         }
@@ -373,6 +384,7 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
                            s.rstd * weight[c], slope, offset);
         }
       }
+      add_example(own, g_begin * channels, g_end * channels);
     }
   });
   combine<A>(a, a.C, pieces, 1, sums, parallel);

@@ -16,69 +16,16 @@
 namespace perexample::cpu::PX_CAPABILITY {
 namespace {
 
-constexpr int64_t kRows = 8;            // rows that are added at a time
-constexpr int64_t kColumns = 1024;      // columns of a block where o has unit stride,
-constexpr int64_t kGathered = 256;      // where rows are gathered,
-constexpr int64_t kSums = 16;           // and where t has unit stride
-constexpr int64_t kTasks = 32;          // tasks to aim at
-constexpr int64_t kTaskSize = 1 << 13;  // elements that are worth a task
+constexpr int64_t kSums = 16;            // columns of a block where t has unit stride
+constexpr int64_t kFoldedColumns = 256;  // columns that several short rows make up
+constexpr int64_t kTasks = 16;           // tasks to aim at
+constexpr int64_t kTaskSize = 1 << 14;   // elements that are worth a task
 
-// strip(vectors, p, stride, column) for strips of four vectors, then single ones, across the n
-// columns of `rows` rows; the last columns are read from a padded copy.
-template <class T, class F>
-PX_INLINE void each_strip(int64_t n, const T* p, int64_t stride, int64_t rows, const F& strip) {
-  constexpr int64_t L = lanes<Accumulator<T>>;
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) strip(std::integral_constant<int, 4>{}, p + i, stride, i);
-  for (; i + L <= n; i += L) strip(std::integral_constant<int, 1>{}, p + i, stride, i);
-  if (i < n) {
-    T last[kRows * L] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = i; j < n; ++j) last[r * L + j - i] = p[r * stride + j];
-    strip(std::integral_constant<int, 1>{}, last, L, i);
-  }
-}
-
-// The accumulators of one block: G of the current example, and the two results. Their size is a
-// multiple of every vector's.
-template <class A>
-struct Block {
-  alignas(64) A G[kColumns], sum[kColumns], sum_sq[kColumns];
-};
-
-// Adds `rows` rows to G; at the example's last rows, G and its square to the results.
-template <class T>
-void add_rows(int64_t n, const T* p, int64_t stride, int64_t rows, bool first, bool last,
-              Block<Accumulator<T>>& block) {
+// Adds rows that are one example each to the results.
+template <class T, class Row>
+void add_examples(int64_t n, int64_t rows, const Row& row, Block<Accumulator<T>>& block) {
   using A = Accumulator<T>;
-  each_strip(n, p, stride, rows, [&](auto vectors, const T* at, int64_t step, int64_t column) {
-    constexpr int V = decltype(vectors)::value;
-    Vec<A> g[V];
-    unroll<V>([&](auto v) PX_LAMBDA {
-      A* G = block.G + column + v * lanes<A>;
-      g[v] = first ? Vec<A>{} : load(G);
-    });
-    for (int64_t r = 0; r < rows; ++r) {
-      unroll<V>([&](auto v) PX_LAMBDA { g[v] += load_wide(at + r * step + v * lanes<A>); });
-    }
-    unroll<V>([&](auto v) PX_LAMBDA {
-      int64_t i = column + v * lanes<A>;
-      if (last) {
-        store(block.sum + i, load(block.sum + i) + g[v]);
-        store(block.sum_sq + i, load(block.sum_sq + i) + g[v] * g[v]);
-      } else {
-        store(block.G + i, g[v]);
-      }
-    });
-  });
-}
-
-// The same where every row is an example.
-template <class T>
-void add_examples(int64_t n, const T* p, int64_t stride, int64_t rows,
-                  Block<Accumulator<T>>& block) {
-  using A = Accumulator<T>;
-  each_strip(n, p, stride, rows, [&](auto vectors, const T* at, int64_t step, int64_t column) {
+  each_strip<T>(n, rows, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
     constexpr int V = decltype(vectors)::value;
     Vec<A> sum[V], square[V];
     unroll<V>([&](auto v) PX_LAMBDA {
@@ -86,8 +33,9 @@ void add_examples(int64_t n, const T* p, int64_t stride, int64_t rows,
       square[v] = load(block.sum_sq + column + v * lanes<A>);
     });
     for (int64_t r = 0; r < rows; ++r) {
+      const T* p = at(r);
       unroll<V>([&](auto v) PX_LAMBDA {
-        Vec<A> g = load_wide(at + r * step + v * lanes<A>);
+        Vec<A> g = load_wide(p + v * lanes<A>);
         sum[v] += g;
         square[v] += g * g;
       });
@@ -138,7 +86,7 @@ Plan make_plan(int64_t B, int64_t T, int64_t O, int64_t sb, int64_t st, int64_t 
   p.st = st;
   p.so = p.O == 1 ? 1 : so;
   p.along_t = st == 1 && p.T > 1 && (p.so != 1 || p.O == 1);
-  p.columns = p.along_t ? kSums : p.so == 1 ? kColumns : kGathered;
+  p.columns = p.along_t ? kSums : p.so == 1 ? kBlockColumns : kGatheredColumns;
   p.blocks = ceil_div(p.O, p.columns);
   int64_t size = p.B * p.T * min_of(p.O, p.columns);
   int64_t pieces = max_of(1, min_of(kTasks / p.blocks, size / kTaskSize));
@@ -156,7 +104,7 @@ template <class T>
 void run_piece(const Plan& p, const T* dy, int64_t column, int64_t n, int64_t piece,
                Block<Accumulator<T>>& block) {
   using A = Accumulator<T>;
-  for (int64_t i = 0; i < kColumns; ++i) block.sum[i] = block.sum_sq[i] = 0;
+  for (int64_t i = 0; i < kBlockColumns; ++i) block.sum[i] = block.sum_sq[i] = 0;
   int64_t b_begin = piece / p.parts * p.examples;
   int64_t b_end = min_of(b_begin + p.examples, p.B);
   int64_t t_begin = piece % p.parts * p.positions;
@@ -176,30 +124,44 @@ void run_piece(const Plan& p, const T* dy, int64_t column, int64_t n, int64_t pi
     return;
   }
 
-  // Rows as they lie, or gathered.
-  T gathered[kRows * kGathered];
-  auto rows_at = [&](const T* from, int64_t& stride, int64_t rows) -> const T* {
-    if (p.so == 1) return from;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t o = 0; o < n; ++o) gathered[r * kGathered + o] = from[r * stride + o * p.so];
-    stride = kGathered;
-    return gathered;
+  // f(rows, row) with `rows` rows from `from` on, as they lie or gathered; row(r) is where one is.
+  T gathered[kBlockRows * kGatheredColumns];
+  auto with_rows = [&](const T* from, int64_t stride, int64_t rows, const auto& f) {
+    if (p.so == 1) return f(rows, [=](int64_t r) PX_LAMBDA { return from + r * stride; });
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t o = 0; o < n; ++o)
+        gathered[r * kGatheredColumns + o] = from[r * stride + o * p.so];
+    }
+    f(rows, [&](int64_t r) PX_LAMBDA { return gathered + r * kGatheredColumns; });
   };
   if (p.T == 1) {
-    for (int64_t b = b_begin; b < b_end; b += kRows) {
-      int64_t rows = min_of(kRows, b_end - b);
-      int64_t stride = p.sb;
-      const T* from = rows_at(dy + b * p.sb, stride, rows);
-      add_examples(n, from, stride, rows, block);
+    // Short rows that lie end to end: several of them are taken for one, and folded at last.
+    int64_t folds = p.so == 1 && p.sb == p.O ? kFoldedColumns / n : 1;
+    if (folds > 1) {
+      for (; b_begin + folds <= b_end;) {
+        int64_t rows = min_of(kBlockRows, (b_end - b_begin) / folds);
+        const T* from = dy + b_begin * n;
+        add_examples<T>(
+            folds * n, rows, [=](int64_t r) PX_LAMBDA { return from + r * folds * n; }, block);
+        b_begin += rows * folds;
+      }
+      for (int64_t i = n; i < folds * n; ++i) {
+        block.sum[i % n] += block.sum[i];
+        block.sum_sq[i % n] += block.sum_sq[i];
+      }
+    }
+    for (int64_t b = b_begin; b < b_end; b += kBlockRows) {
+      with_rows(dy + b * p.sb, p.sb, min_of(kBlockRows, b_end - b),
+                [&](int64_t rows, const auto& row) { add_examples<T>(n, rows, row, block); });
     }
     return;
   }
   for (int64_t b = b_begin; b < b_end; ++b) {
-    for (int64_t t = t_begin; t < t_end; t += kRows) {
-      int64_t rows = min_of(kRows, t_end - t);
-      int64_t stride = p.st;
-      const T* from = rows_at(dy + b * p.sb + t * p.st, stride, rows);
-      add_rows(n, from, stride, rows, t == t_begin, whole && t + rows == t_end, block);
+    for (int64_t t = t_begin; t < t_end; t += kBlockRows) {
+      with_rows(dy + b * p.sb + t * p.st, p.st, min_of(kBlockRows, t_end - t),
+                [&](int64_t rows, const auto& row) {
+                  add_rows<T>(n, rows, row, t == t_begin, whole && t + rows == t_end, block);
+                });
     }
   }
 }
@@ -262,8 +224,8 @@ void moments(const Bias& a, const Parallel& parallel) {
   });
   if (p.pieces == 1) return;
 
-  for (int64_t column = 0; column < p.O; column += kColumns) {
-    int64_t n = min_of(kColumns, p.O - column);
+  for (int64_t column = 0; column < p.O; column += kBlockColumns) {
+    int64_t n = min_of(kBlockColumns, p.O - column);
     Block<A> block = {};
     if (kept == 2) {
       for (int64_t piece = 0; piece < p.pieces; ++piece) {
@@ -273,11 +235,12 @@ void moments(const Bias& a, const Parallel& parallel) {
       }
     } else {
       for (int64_t b = 0; b < p.B; ++b) {
-        const A* from = partial + b * p.parts * p.O + column;
-        add_rows(n, from, p.O, min_of(p.parts, kRows), true, p.parts <= kRows, block);
-        for (int64_t k = kRows; k < p.parts; k += kRows) {
-          int64_t rows = min_of(kRows, p.parts - k);
-          add_rows(n, from + k * p.O, p.O, rows, false, k + rows == p.parts, block);
+        for (int64_t k = 0; k < p.parts; k += kBlockRows) {
+          const A* from = partial + (b * p.parts + k) * p.O + column;
+          int64_t rows = min_of(kBlockRows, p.parts - k);
+          add_rows<A>(
+              n, rows, [=](int64_t r) PX_LAMBDA { return from + r * p.O; }, k == 0,
+              k + rows == p.parts, block);
         }
       }
     }

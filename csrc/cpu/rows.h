@@ -63,4 +63,60 @@ PX_INLINE void narrow_row(int64_t n, const A* from, T* to) {
   for (; i < n; ++i) to[i] = narrow<T>(from[i]);
 }
 
+constexpr int64_t kBlockRows = 8;          // rows that are added at a time
+constexpr int64_t kBlockColumns = 1024;    // columns of a block whose accumulators fit the L1 cache
+constexpr int64_t kGatheredColumns = 256;  // the same where rows are gathered
+
+// The accumulators of a block of columns: G of the current example, and the results.
+template <class A>
+struct Block {
+  alignas(64) A G[kBlockColumns], sum[kBlockColumns], sum_sq[kBlockColumns];
+};
+
+// Across n columns of `rows` rows (at most kBlockRows), of which row(r) points to the first column:
+// strip(vectors, column, at) for strips of four vectors, then single ones; at(r) points to the
+// strip in row r. The last columns are in a padded copy.
+template <class T, class Row, class F>
+PX_INLINE void each_strip(int64_t n, int64_t rows, const Row& row, const F& strip) {
+  constexpr int64_t L = lanes<Accumulator<T>>;
+  int64_t i = 0;
+  auto at = [&](int64_t r) PX_LAMBDA { return row(r) + i; };
+  for (; i + 4 * L <= n; i += 4 * L) strip(std::integral_constant<int, 4>{}, i, at);
+  for (; i + L <= n; i += L) strip(std::integral_constant<int, 1>{}, i, at);
+  if (i < n) {
+    T last[kBlockRows * L] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = i; j < n; ++j) last[r * L + j - i] = row(r)[j];
+    }
+    strip(std::integral_constant<int, 1>{}, i,
+          [&](int64_t r) PX_LAMBDA { return static_cast<const T*>(last) + r * L; });
+  }
+}
+
+// Adds rows of one example to G, which its first rows start; with its last ones, G and its square
+// go to the results.
+template <class T, class Row>
+void add_rows(int64_t n, int64_t rows, const Row& row, bool first, bool last,
+              Block<Accumulator<T>>& block) {
+  using A = Accumulator<T>;
+  each_strip<T>(n, rows, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
+    constexpr int V = decltype(vectors)::value;
+    Vec<A> g[V] = {};
+    if (!first) unroll<V>([&](auto v) PX_LAMBDA { g[v] = load(block.G + column + v * lanes<A>); });
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* p = at(r);
+      unroll<V>([&](auto v) PX_LAMBDA { g[v] += load_wide(p + v * lanes<A>); });
+    }
+    unroll<V>([&](auto v) PX_LAMBDA {
+      int64_t i = column + v * lanes<A>;
+      if (last) {
+        store(block.sum + i, load(block.sum + i) + g[v]);
+        store(block.sum_sq + i, load(block.sum_sq + i) + g[v] * g[v]);
+      } else {
+        store(block.G + i, g[v]);
+      }
+    });
+  });
+}
+
 }  // namespace perexample::cpu::PX_CAPABILITY

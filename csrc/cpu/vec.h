@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -73,14 +73,13 @@ PX_INLINE S sum_halves(Vec<S> v, std::integer_sequence<int, lane...> all) {
   if constexpr (half == 0) {
     return v[0];
   } else {
-    return sum_halves<S, half / 2>(
-        v + __builtin_shufflevector(v, v, (lane ^ half)...), all);
+    return sum_halves<S, half / 2>(v + __builtin_shufflevector(v, v, (lane ^ half)...), all);
   }
 }
 
-template <class S> PX_INLINE S sum(Vec<S> v) {
-  return sum_halves<S, lanes<S> / 2>(
-      v, std::make_integer_sequence<int, lanes<S>>{});
+template <class S>
+PX_INLINE S sum(Vec<S> v) {
+  return sum_halves<S, lanes<S> / 2>(v, std::make_integer_sequence<int, lanes<S>>{});
 }
 
 // Storage types of half-precision inputs.
@@ -121,16 +120,30 @@ PX_INLINE To narrow(From v) {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// One vector of accumulators from contiguous values of any storage type. The conversions of f16 are
-// spelled out (GCC 12 converts vectors of _Float16 lane by lane), masked where the plain intrinsic
-// makes GCC 12 warn of its own uninitialized variable.
+// One vector of accumulators from contiguous values of any storage type. On x86 the
+// conversions are spelled out: GCC 12 widens vectors of uint16_t in halves and those of _Float16
+// lane by lane. They are masked where the plain intrinsic makes GCC 12 warn of its own
+// uninitialized variable.
 template <class T>
 PX_INLINE Vec<Accumulator<T>> load_wide(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
+    Vec<uint32_t> bits;
+#if defined(__AVX512F__) && PX_VECTOR_BYTES == 64
+    bits = reinterpret_cast<Vec<uint32_t>>(_mm512_maskz_cvtepu16_epi32(
+        0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    for (int i = 0; i < lanes<float>; i += 8) {
+      __m256i part =
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+      std::memcpy(reinterpret_cast<uint32_t*>(&bits) + i, &part, sizeof(part));
+    }
+#else
     typedef uint16_t Halves __attribute__((vector_size(PX_VECTOR_BYTES / 2)));
-    Halves bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+    Halves halves;
+    std::memcpy(&halves, p, sizeof(halves));
+    bits = __builtin_convertvector(halves, Vec<uint32_t>);
+#endif
+    return reinterpret_cast<Vec<float>>(bits << 16);
   } else if constexpr (std::is_same_v<T, f16>) {
     Vec<float> out;
 #if defined(__AVX512F__) && PX_VECTOR_BYTES == 64

@@ -21,7 +21,8 @@ def load() -> None:
         from . import _info as info  # type: ignore[attr-defined]
     except (OSError, ImportError) as error:
         raise ImportError(
-            f"perexample: its compiled kernels are present but cannot be loaded ({error}); they were built for another torch or "
+            f"perexample: its compiled kernels are present but cannot be loaded ({error}); they were built for "
+            "another torch or "
             f"Python: reinstall with `pip install --no-build-isolation --force-reinstall --no-deps perexample`"
         ) from error
     _info = info

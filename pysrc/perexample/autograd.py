@@ -39,12 +39,23 @@ def _autocast(x: Tensor, *, low_precision: bool) -> tuple[torch.dtype, contextli
     return dtype, torch.autocast(device, enabled=False)
 
 
+def _check_dtype(layer: str, x: Tensor, weight: Tensor, context: object) -> None:
+    if x.dtype != weight.dtype and isinstance(context, contextlib.nullcontext):
+        raise TypeError(f"{layer}: the input must be {weight.dtype} like the weight, got {x.dtype}")
+
+
 class _Linear(Function):
     """MATHS (3), (4). x: (B, ..., I), weight: (O, I), bias: (O,) or None -> (B, ..., O)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_leaf: Tensor | None, bias_leaf: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        uses: Tensor | None,
     ) -> Tensor:
         ctx.grad_dtype = weight.dtype
         weight = weight.to(x.dtype)
@@ -55,7 +66,7 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        want_x, _, _, want_weight, want_bias = ctx.needs_input_grad
+        want_x, _, _, want_weight, want_bias, want_uses = ctx.needs_input_grad
         dx = dw = db = dw_sq = db_sq = None
         dy_rows = _rows(dy)
         if want_weight:
@@ -66,7 +77,11 @@ class _Linear(Function):
             dx = dy.matmul(weight)
         if not want_bias:
             db = db_sq = None
-        return dx, dw, db, dw_sq, db_sq
+        return dx, dw, db, dw_sq, db_sq, _one_use(dy, want_uses)
+
+
+def _one_use(dy: Tensor, wanted: bool) -> Tensor | None:
+    return torch.ones((), device=dy.device) if wanted else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -75,12 +90,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_leaf: Tensor | None, bias_leaf: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_leaf: Tensor | None,
+    bias_leaf: Tensor | None,
+    uses: Tensor | None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` with second moments. x: (B, ..., I)."""
     dtype, context = _autocast(x, low_precision=True)
+    _check_dtype("Linear", x, weight, context)
     with context:
-        return _Linear.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf)
+        return _Linear.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses)
 
 
 class _Conv(Function):
@@ -94,6 +115,7 @@ class _Conv(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
+        uses: Tensor | None,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -111,7 +133,7 @@ class _Conv(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        want_x, _, _, want_weight, want_bias = ctx.needs_input_grad[:5]
+        want_x, _, _, want_weight, want_bias, want_uses = ctx.needs_input_grad[:6]
         dx = dw = db = dw_sq = db_sq = None
         if want_x:
             dx, _, _ = torch.ops.aten.convolution_backward(
@@ -125,7 +147,7 @@ class _Conv(Function):
             db, db_sq = _ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
         if not want_bias:
             db = db_sq = None
-        return dx, dw, db, dw_sq, db_sq, None, None, None, None
+        return dx, dw, db, dw_sq, db_sq, _one_use(dy, want_uses), None, None, None, None
 
 
 def conv(
@@ -134,6 +156,7 @@ def conv(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
+    uses: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -141,10 +164,9 @@ def conv(
 ) -> Tensor:
     """``F.conv1d/2d/3d`` with second moments. x: (B, C, *in); zero padding of as many integers as dimensions."""
     dtype, context = _autocast(x, low_precision=True)
+    _check_dtype("Conv", x, weight, context)
     with context:
-        return _Conv.apply(
-            x.to(dtype), weight, bias, weight_leaf, bias_leaf, stride, padding, dilation, groups
-        )
+        return _Conv.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, stride, padding, dilation, groups)
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -165,6 +187,7 @@ class _LayerNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
+        uses: Tensor | None,
         normalized_shape: Sequence[int],
         eps: float,
     ) -> Tensor:
@@ -190,7 +213,7 @@ class _LayerNorm(Function):
             ctx.eps,
             want,
         )
-        return _norm_grads(results, want, x.shape, normalized)
+        return (*_norm_grads(results, want, x.shape, normalized), _one_use(dy, ctx.needs_input_grad[5]), None, None)
 
 
 def _norm_grads(
@@ -203,8 +226,6 @@ def _norm_grads(
         db.reshape(shape) if want[2] else None,
         dw_sq.reshape(shape) if want[1] else None,
         db_sq.reshape(shape) if want[2] else None,
-        None,
-        None,
     )
 
 
@@ -214,13 +235,14 @@ def layer_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
+    uses: Tensor | None,
     normalized_shape: Sequence[int],
     eps: float,
 ) -> Tensor:
     """``F.layer_norm`` with second moments. x: (B, ..., *normalized_shape)."""
     dtype, context = _autocast(x, low_precision=False)
     with context:
-        return _LayerNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, list(normalized_shape), eps)
+        return _LayerNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, list(normalized_shape), eps)
 
 
 class _GroupNorm(Function):
@@ -234,6 +256,7 @@ class _GroupNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
+        uses: Tensor | None,
         groups: int,
         eps: float,
     ) -> Tensor:
@@ -263,7 +286,7 @@ class _GroupNorm(Function):
             ctx.eps,
             want,
         )
-        return _norm_grads(results, want, x.shape, (channels,))
+        return (*_norm_grads(results, want, x.shape, (channels,)), _one_use(dy, ctx.needs_input_grad[5]), None, None)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -278,20 +301,23 @@ def group_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
+    uses: Tensor | None,
     groups: int,
     eps: float,
 ) -> Tensor:
     """``F.group_norm`` with second moments. x: (B, C, ...)."""
     dtype, context = _autocast(x, low_precision=False)
     with context:
-        return _GroupNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, groups, eps)
+        return _GroupNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, groups, eps)
 
 
 class _Embedding(Function):
     """MATHS (6). indices: (B, ...), weight: (V, D) -> (B, ..., D)."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, weight: Tensor, weight_leaf: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any, indices: Tensor, weight: Tensor, weight_leaf: Tensor, uses: Tensor | None, padding_idx: int | None
+    ) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.rows, ctx.grad_dtype = weight.shape[0], weight.dtype
         ctx.padding_idx = -1 if padding_idx is None else padding_idx
@@ -309,19 +335,21 @@ class _Embedding(Function):
             ctx.padding_idx,
             ctx.grad_dtype,
         )
-        return None, dw, dw_sq, None
+        return None, dw, dw_sq, _one_use(dy, ctx.needs_input_grad[3]), None
 
 
-def embedding(indices: Tensor, weight: Tensor, weight_leaf: Tensor, padding_idx: int | None) -> Tensor:
+def embedding(
+    indices: Tensor, weight: Tensor, weight_leaf: Tensor, uses: Tensor | None, padding_idx: int | None
+) -> Tensor:
     """``F.embedding`` with second moments. indices: (B, ...); may be an expanded view."""
-    return _Embedding.apply(indices, weight, weight_leaf, padding_idx)
+    return _Embedding.apply(indices, weight, weight_leaf, uses, padding_idx)
 
 
 class _CountExamples(Function):
-    """The identity on the model's outputs; backward adds `batch` to the count, once for each backward pass."""
+    """The identity on the model's outputs; each backward pass adds `batch` to the count and 1 to the passes."""
 
     @staticmethod
-    def forward(ctx: Any, count: Tensor, batch: int, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, count: Tensor, passes: Tensor, batch: int, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.batch, ctx.dtype, ctx.device = batch, count.dtype, count.device
         ctx.set_materialize_grads(False)
         # An alias made by detach() is not a view to autograd, so the caller may go on to change it in place.
@@ -330,9 +358,10 @@ class _CountExamples(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return torch.full((), ctx.batch, dtype=ctx.dtype, device=ctx.device), None, *grads
+        examples = torch.full((), ctx.batch, dtype=ctx.dtype, device=ctx.device)
+        return examples, torch.ones((), device=ctx.device), None, *grads
 
 
-def count_examples(count: Tensor, batch: int, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`outputs` unchanged; when any of them is backpropagated, `count` receives the gradient `batch`."""
-    return _CountExamples.apply(count, batch, *outputs)
+def count_examples(count: Tensor, passes: Tensor, batch: int, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`outputs` unchanged; when any is backpropagated, `count` receives the gradient `batch`, and `passes` 1."""
+    return _CountExamples.apply(count, passes, batch, *outputs)

@@ -78,8 +78,8 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> nn.Module | Conversio
 
     Raises:
         TypeError: `model` is no torch.nn.Module, or is already compiled or scripted.
-        ValueError: some module cannot be served exactly (all are listed, with the way out), or nothing can be converted.
-            The model is then unchanged.
+        ValueError: some module cannot be served exactly (all are listed, with the way out), or nothing can be
+            converted. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"px.convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -146,7 +146,8 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
     shared = [users[id(p)] for p in own if len(users[id(p)]) > 1]
     if shared:
         return (
-            f"shares a weight ({' = '.join(shared[0])}); its uses have to be added per example before squaring, which is "
+            f"shares a weight ({' = '.join(shared[0])}); its uses have to be added per example before squaring, "
+            "which is "
             f"not supported yet: give each module a weight of its own"
         )
     if isinstance(module, nn.Embedding) and type(module) in (nn.Embedding, px_nn.Embedding):
@@ -155,7 +156,8 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
         return ""
     names = ", ".join(name for name, p in module._parameters.items() if p is not None)
     return (
-        f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from these, or "
+        f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from "
+        "these, or "
         f"freeze its parameters (requires_grad_(False))"
     )
 
@@ -189,6 +191,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     examples.batch = None
     examples.used = {}
     examples.silent = {}
+    examples._in_round = False  # in case the last backward pass raised
     if not (torch.is_grad_enabled() and _Mode.enabled):
         return
     if not torch.compiler.is_compiling():
@@ -199,7 +202,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             return
     if module.training:
         raise TypeError(
-            f"{type(module).__name__}: its inputs hold no tensor whose dimension 0 could be the batch; pass one, or call the "
+            f"{type(module).__name__}: its inputs hold no tensor whose dimension 0 could be the batch; pass one, or "
+            "call the "
             f"model under px.no_moments()"
         )
 
@@ -212,22 +216,25 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     batch, tracked = examples.batch, bool(examples.used or examples.silent)
     examples.batch = None
     examples.used = {}
-    if not tracked:
+    if not (module.training or tracked):
         return None
     examples.last_batch = batch
     examples.forward_pending = True
     if isinstance(output, Tensor):
-        return autograd.count_examples(examples.leaf, batch, [output])[0] if output.requires_grad else None
+        if not output.requires_grad:
+            return None
+        return autograd.count_examples(*examples.leaves(), batch, [output])[0]
     leaves, spec = pytree.tree_flatten(output)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not where:
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(
-                f"{type(module).__name__} returned {type(output).__name__}, in which no tensor was found to count the examples with; "
+                f"{type(module).__name__} returned {type(output).__name__}, in which no tensor was found to count "
+                "the examples with; "
                 f"return tensors, lists, tuples or dicts of them, or register the class with torch.utils._pytree"
             )
         return None
-    counted = autograd.count_examples(examples.leaf, batch, [leaves[i] for i in where])
+    counted = autograd.count_examples(*examples.leaves(), batch, [leaves[i] for i in where])
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)

@@ -81,6 +81,7 @@ class Moment:
         "name",
         "owner",
         "parameter_name",
+        "uses",
         "version",
     )
 
@@ -88,6 +89,7 @@ class Moment:
         self.owner = weakref.ref(owner)
         self.parameter_name = parameter_name
         self.leaf: Tensor | None = None
+        self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses, where Python can't (`_leaves`)
         self.live = False
         self.version = -1  # of p.grad, when this library last saw it
         self.base: Tensor | None = None
@@ -120,6 +122,7 @@ class Moment:
             leaf = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape).requires_grad_()
             leaf.register_hook(self._before_leaf)
             self.leaf = leaf
+            self.uses = torch.zeros((), device=p.device, requires_grad=True)
             self.live = False
         if moment_of(p) is not self:
             for handle in self.handles:
@@ -146,6 +149,13 @@ class Moment:
         self.examples.begin_round()
         self.examples.uncounted = self.name
 
+    def used_again(self) -> bool:
+        """Whether compiled code used the parameter more often than there were forward passes."""
+        if self.uses is None or self.uses.grad is None or self.examples.passes is None:
+            return False
+        passes = self.examples.passes.grad
+        return passes is not None and bool(self.uses.grad > passes)
+
     def _before_leaf(self, grad: Tensor) -> None:
         self.examples.begin_round()
         self.live = True
@@ -167,8 +177,8 @@ class ExampleCount:
 
     def __init__(self) -> None:
         self.batch: int | None = None  # examples of the forward pass under way; None outside of one
-        self.used: dict[str, int] = {}  # how often that pass has used each parameter so far
-        self.silent: dict[str, int] = {}  # the same for uses without gradients (reentrant checkpointing)
+        self.used: dict[str, int] = {}  # the parameters that it has used so far
+        self.silent: dict[str, int] = {}  # how often it used each without gradients (reentrant checkpointing)
         self.root = ""  # name of the module that began the pass
         self.rooted = False  # whether a converted model counts here at all
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
@@ -178,9 +188,10 @@ class ExampleCount:
         self._reset()
 
     def _reset(self) -> None:
-        self.leaf: Tensor | None = None
+        self.leaf: Tensor | None = None  # its gradient is the number of examples
+        self.passes: Tensor | None = None  # its gradient is the number of forward passes that they came in
         self.moments: list[weakref.ref[Moment]] = []
-        self._task = -1
+        self._in_round = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rooted": self.rooted}
@@ -200,18 +211,25 @@ class ExampleCount:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self.leaf = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
             self.leaf.register_hook(self._before_count)
+            self.passes = torch.zeros((), device=device, requires_grad=True)
 
     def _before_count(self, grad: Tensor) -> None:
         self.begin_round()
         self.forward_pending = False
 
     def begin_round(self) -> None:
-        """Called by every hook of a backward pass; acts in the first one only."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
+        """Called by every hook of a backward pass; acts in the first one only.
+
+        A pass lasts until the engine says so: reentrant checkpointing runs backward passes inside of one.
+        """
+        if not self._in_round:
+            self._in_round = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
             self.drop_cleared()
             self.rounds += 1
+
+    def _end_round(self) -> None:
+        self._in_round = False
 
     def alive(self) -> list[Moment]:
         return [m for ref in self.moments if (m := ref()) is not None and m.live]
@@ -243,8 +261,8 @@ class ExampleCount:
         dropped = []
         for moment in moments:
             moment.live = False
-            if moment.leaf is not None:
-                moment.leaf.grad = None
+            if moment.leaf is not None and moment.uses is not None:
+                moment.leaf.grad = moment.uses.grad = None
             dropped.append(moment)
         if not dropped:
             return
@@ -256,14 +274,19 @@ class ExampleCount:
             self.clear()
 
     def clear(self) -> None:
-        if self.leaf is not None:
-            self.leaf.grad = None
+        if self.leaf is not None and self.passes is not None:
+            self.leaf.grad = self.passes.grad = None
         self.rounds = 0
         self.uncounted = ""
         for ref in self.moments:
             moment = ref()
             if moment is not None:
                 moment.base = None
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """What `autograd.count_examples` takes: the leaves of the examples and of the passes."""
+        assert self.leaf is not None and self.passes is not None
+        return self.leaf, self.passes
 
     @property
     def total(self) -> Tensor | None:
@@ -314,7 +337,8 @@ class MomentModule(nn.Module):
         if other is not None and other.parameter is p and other.owner() is not self:
             owner = type(other.owner()).__name__
             raise ValueError(
-                f"{type(self).__name__}.{name}: this parameter already belongs to {owner} ('{other.name}'); the uses of "
+                f"{type(self).__name__}.{name}: this parameter already belongs to {owner} ('{other.name}'); the uses "
+                "of "
                 f"a shared weight have to be added per example before squaring, which is not supported yet: give each "
                 f"layer a weight of its own"
             )
@@ -395,52 +419,56 @@ class MomentModule(nn.Module):
         batch = self._examples.batch
         if batch is not None and x.shape[0] != batch:
             raise ValueError(
-                f"{self._label()} saw {x.shape[0]} rows, the batch has {batch} examples: a view folded the batch away, or the "
+                f"{self._label()} saw {x.shape[0]} rows, the batch has {batch} examples: a view folded the batch "
+                "away, or the "
                 f"batch is not dimension 0; keep the batch as dimension 0 up to this layer (extra dimensions are fine: "
                 f"(batch, positions, features)), or run this part under px.no_moments()"
             )
 
     def _leaves(self, *names: str) -> list[Tensor | None]:
-        """The leaves of the named parameters (None for what is absent or frozen); each may be used once a pass."""
+        """What a Function takes beside the parameters: their leaves (None for what is absent or frozen), and last the
+        leaf that counts uses, or None where a second use in one pass has been ruled out here.
+        """
         examples = self._examples
+        compiling = torch.compiler.is_compiling()
         leaves: list[Tensor | None] = []
+        uses = None
         for name in names:
             p = self._parameters.get(name)
             moment = self._moments.get(name)
             if moment is None:
                 leaves.append(None)
                 continue
-            if p is None:
-                if getattr(self, name, None) is not None:
+            if p is None or not p.requires_grad:
+                if p is None and getattr(self, name, None) is not None:
                     raise ValueError(
-                        f"{self._label()}: '{name}' is no longer a plain parameter (a parametrization, or a tensor put in "
+                        f"{self._label()}: '{name}' is no longer a plain parameter (a parametrization, or a tensor "
+                        "put in "
                         f"its place); remove it, or use px.no_moments()"
                     )
                 leaves.append(None)
                 continue
-            if not p.requires_grad:
-                leaves.append(None)
-                continue
             leaf = moment.leaf
-            if examples.batch is not None:
-                self._use_once(name, moment.name, examples.used)
-            elif not torch.compiler.is_compiling():
-                if torch._C._current_graph_task_id() != -1:
-                    # Run again by checkpointing, in backward.
-                    if examples.silent.get(moment.name, 0) > 1:
-                        self._refuse_reuse(name)
-                elif examples.rooted:
-                    leaf = moment.uncounted_leaf()
+            if compiling:
+                # Inside torch.compile nothing may be noted down here (checkpointing forbids it): the uses are counted
+                # by autograd, and the optimizer compares.
+                uses = moment.uses
+            elif examples.batch is not None:
+                if moment.name in examples.used:
+                    self._refuse_reuse(name)
+                examples.used[moment.name] = 1
+            elif torch._C._current_graph_task_id() != -1:
+                # Run again by checkpointing, in backward.
+                if examples.silent.get(moment.name, 0) > 1:
+                    self._refuse_reuse(name)
+            elif examples.rooted:
+                leaf = moment.uncounted_leaf()
             leaves.append(leaf)
-        return leaves
-
-    def _use_once(self, name: str, key: str, used: dict[str, int]) -> None:
-        if key in used:
-            self._refuse_reuse(name)
-        used[key] = 1
+        return [*leaves, uses]
 
     def _refuse_reuse(self, name: str) -> None:
         raise ValueError(
-            f"{self._label()} was called twice in one forward pass: the uses of its '{name}' have to be added per example "
+            f"{self._label()} was called twice in one forward pass: the uses of its '{name}' have to be added per "
+            "example "
             f"before squaring, which is not supported yet; use a layer of its own for each call, or px.no_moments()"
         )

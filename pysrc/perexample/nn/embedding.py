@@ -16,9 +16,9 @@ __all__ = ["Embedding"]
 class Embedding(MomentModule, nn.Embedding):
     """torch.nn.Embedding whose backward also computes ``p.sum_grad_squared`` (MATHS 6).
 
-    Input: indices (B, ...). Indices without a batch, ``[T]`` or ``[1, T]`` in a batch of another size (position ids), are
-    expanded to the batch, so the output has a batch dimension; a broadcast after the layer would add examples
-    together before they can be squared.
+    Input: indices (B, ...). Indices without a batch, ``[T]`` or ``[1, T]`` in a batch of another size (position
+    ids), are expanded to the batch, so the output has a batch dimension; a broadcast after the layer would add
+    examples together before they can be squared.
 
     Attributes:
         batched: None, to tell by the shape; True: dimension 0 is the batch; False: there is none, expand. Has to be
@@ -56,7 +56,8 @@ class Embedding(MomentModule, nn.Embedding):
             return bare.expand(batch, *bare.shape)
         if indices.dim() == 1 and first == batch and batch > 1:
             raise ValueError(
-                f"{self._label()} saw {first} indices in a batch of {batch} examples: one for each example, or {first} positions "
+                f"{self._label()} saw {first} indices in a batch of {batch} examples: one for each example, or "
+                f"{first} positions "
                 f"without a batch? Set its attribute: batched=True or batched=False"
             )
         if indices.dim() == 1 and first != batch:
@@ -70,7 +71,9 @@ class Embedding(MomentModule, nn.Embedding):
 def unsupported_embedding(module: nn.Embedding) -> str:
     """Why this embedding cannot be served; empty if it can."""
     if module.max_norm is not None:
-        return "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"
+        return (
+            "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"
+        )
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq divides by counts over the whole batch, which mixes examples; set it to False"
     if module.sparse:

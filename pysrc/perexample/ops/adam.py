@@ -41,6 +41,7 @@ def _reference(
     if found_inf is not None:
         proceed = found_inf.reshape(()).to(examples_seen.device) == 0
     batch = batch_size.reshape(()).double()
+    proceed = proceed & (batch > 0)  # a step on no examples is none
     examples_seen.add_(torch.where(proceed, batch, torch.zeros_like(batch)))
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).double()
     step_size = batch * lr.reshape(()).double()
@@ -159,15 +160,36 @@ def adam_step_(
     ):
         for i, (p, value) in enumerate(zip(params, values, strict=False)):
             if value.shape != p.shape:
-                raise ValueError(f"{name}: {label}[{i}] must be {tuple(p.shape)} like params[{i}], got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name}: {label}[{i}] must be {tuple(p.shape)} like params[{i}], got {tuple(value.shape)}"
+                )
             if value.dtype not in FLOATING or p.dtype not in FLOATING:
                 raise TypeError(f"{name}: {label}[{i}] and params[{i}] must be floating, got {value.dtype}, {p.dtype}")
             if label != "grads" and value.dtype != accumulate_dtype(p.dtype):
                 raise TypeError(f"{name}: {label}[{i}] must be {accumulate_dtype(p.dtype)}, got {value.dtype}")
-    for label, value, dtype in (("examples_seen", examples_seen, torch.float64), ("violations", violations, torch.int32)):
+    for label, value, dtype in (
+        ("examples_seen", examples_seen, torch.float64),
+        ("violations", violations, torch.int32),
+    ):
         if value.shape != (count,) or value.dtype != dtype:
             raise ValueError(f"{name}: {label} must be ({count},) {dtype}, got {tuple(value.shape)} {value.dtype}")
     _op(
-        list(params), list(grads), list(sums_grad_squared), list(exp_avgs), list(exp_avg_sqs), examples_seen, violations,
-        batch_size, lr, n_g, n_s, eps, weight_decay, mean_reduction, maximize, guard_rounds, grad_scale, found_inf,
-    )  # fmt: skip
+        list(params),
+        list(grads),
+        list(sums_grad_squared),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        examples_seen,
+        violations,
+        batch_size,
+        lr,
+        n_g,
+        n_s,
+        eps,
+        weight_decay,
+        mean_reduction,
+        maximize,
+        guard_rounds,
+        grad_scale,
+        found_inf,
+    )

@@ -111,7 +111,9 @@ def conv_moments(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     name = "conv_moments"
-    check_tensor(name, "dy", dy, "of shape (B, O, *out), 3 to 5 dimensions", isinstance(dy, Tensor) and 3 <= dy.dim() <= 5)
+    check_tensor(
+        name, "dy", dy, "of shape (B, O, *out), 3 to 5 dimensions", isinstance(dy, Tensor) and 3 <= dy.dim() <= 5
+    )
     batch, outputs = dy.shape[:2]
     check_tensor(
         name,

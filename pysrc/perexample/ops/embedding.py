@@ -63,7 +63,11 @@ def embedding_moments(
     check_floating(name, dy=dy)
     batch, positions = dy.shape[:2]
     check_tensor(
-        name, "indices", indices, f"(B={batch}, T={positions})", isinstance(indices, Tensor) and indices.shape == dy.shape[:2]
+        name,
+        "indices",
+        indices,
+        f"(B={batch}, T={positions})",
+        isinstance(indices, Tensor) and indices.shape == dy.shape[:2],
     )
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: indices must be int32 or int64, got {indices.dtype}")

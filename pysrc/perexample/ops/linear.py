@@ -35,9 +35,7 @@ def _reference(
     return (*weight.result(dtype), *column.result(dtype))
 
 
-def _fake(
-    dy: Tensor, x: Tensor, bias: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(dy: Tensor, x: Tensor, bias: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs, inputs = dy.shape[2], x.shape[2]
     dtype = dtype or dy.dtype
     return (

@@ -19,7 +19,7 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _normalize(
-    x: Tensor, mean: Tensor | None, rstd: Tensor | None, eps: float, dims: Sequence[int]
+    x: Tensor, mean: Tensor | None, rstd: Tensor | None, eps: float, dims: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(xhat, rstd) of the widened `x`; the statistics, where given, already broadcast against it."""
     if mean is None or rstd is None:
@@ -28,7 +28,7 @@ def _normalize(
     return (x - mean) * rstd, rstd
 
 
-def _input_grad(h: Tensor, xhat: Tensor, rstd: Tensor, dims: Sequence[int]) -> Tensor:
+def _input_grad(h: Tensor, xhat: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
     return rstd * (h - h.mean(dims, keepdim=True) - xhat * (h * xhat).mean(dims, keepdim=True))
 
 
@@ -49,7 +49,7 @@ def _outputs(
 def _fake_outputs(dy: Tensor, size: int, weight: Tensor | None, output_mask: Sequence[bool]) -> Five:
     dtype = dy.dtype if weight is None else weight.dtype
     dx = dy.new_empty(dy.shape if output_mask[0] else (0,))
-    return (  # type: ignore[return-value]
+    return (
         dx,
         *empty_moments((size if output_mask[1] else 0,), dy, dtype),
         *empty_moments((size if output_mask[2] else 0,), dy, dtype),
@@ -67,8 +67,8 @@ def _layer_norm_reference(
 ) -> Five:
     wide = accumulate_dtype(dy.dtype)
     g = dy.to(wide)
-    statistics = (None if s is None else s.unsqueeze(2) for s in (mean, rstd))
-    xhat, scale = _normalize(x.to(wide), *statistics, eps, [2])
+    mean, rstd = (None if s is None else s.unsqueeze(2) for s in (mean, rstd))
+    xhat, scale = _normalize(x.to(wide), mean, rstd, eps, [2])
     h = g if weight is None else g * weight.to(wide)
     return _outputs(
         _input_grad(h, xhat, scale, [2]) if output_mask[0] else None,
@@ -162,8 +162,8 @@ def _group_norm_reference(
     wide = accumulate_dtype(dy.dtype)
     grouped = (batch, groups, channels // groups, positions)
     g = dy.to(wide).reshape(grouped)
-    statistics = (None if s is None else s[:, :, None, None] for s in (mean, rstd))
-    xhat, scale = _normalize(x.to(wide).reshape(grouped), *statistics, eps, [2, 3])
+    mean, rstd = (None if s is None else s[:, :, None, None] for s in (mean, rstd))
+    xhat, scale = _normalize(x.to(wide).reshape(grouped), mean, rstd, eps, [2, 3])
     h = g if weight is None else g * weight.to(wide).reshape(1, groups, -1, 1)
     return _outputs(
         _input_grad(h, xhat, scale, [2, 3]).reshape(dy.shape) if output_mask[0] else None,

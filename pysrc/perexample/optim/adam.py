@@ -131,17 +131,23 @@ class Adam(Optimizer):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: {option} must be a number, got {type(value).__name__}")
             if not (value >= low) or (option in ("lr", "weight_decay", "eps") and math.isinf(value)):
-                raise ValueError(f"{name}: {option} must be {'at least' if inclusive else 'above'} {low:g}, got {value}")
+                raise ValueError(
+                    f"{name}: {option} must be {'at least' if inclusive else 'above'} {low:g}, got {value}"
+                )
         for option, allowed in (("second_moment", ("per_example", "per_batch")), ("loss_reduction", ("mean", "sum"))):
             if group[option] not in allowed:
                 raise ValueError(f"{name}: {option} must be one of {', '.join(allowed)}, got {group[option]!r}")
         for index, p in enumerate(group["params"]):
             if p.is_complex():
-                raise TypeError(f"{name}: {self._name_of(p, group, index)} is complex; only real parameters are supported")
+                raise TypeError(
+                    f"{name}: {self._name_of(p, group, index)} is complex; only real parameters are supported"
+                )
             if group["second_moment"] == "per_example" and p.requires_grad and moment_of(p) is None:
                 raise ValueError(
-                    f"{name}: {self._name_of(p, group, index)}, of shape {tuple(p.shape)}, has no second moment: no layer of "
-                    f"perexample owns it; call px.convert(model) before making the optimizer, or use second_moment='per_batch'"
+                    f"{name}: {self._name_of(p, group, index)}, of shape {tuple(p.shape)}, has no second moment: no "
+                    "layer of "
+                    "perexample owns it; call px.convert(model) before making the optimizer, or use "
+                    "second_moment='per_batch'"
                 )
 
     def _name_of(self, p: Tensor, group: dict[str, Any], index: int | None = None) -> str:
@@ -155,9 +161,7 @@ class Adam(Optimizer):
         return f"parameter {index} of its group"
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, batch_size: int | Tensor | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, batch_size: int | Tensor | None = None) -> Any:
         """Perform one step.
 
         Args:
@@ -181,7 +185,8 @@ class Adam(Optimizer):
         buckets = self._collect(self._as_batch_size(batch_size))
         if found_inf is not None and grad_scale is None and any(bucket.sums for bucket in buckets):
             raise RuntimeError(
-                f"{type(self).__name__}: GradScaler.unscale_(optimizer) divided the gradients but cannot divide their second "
+                f"{type(self).__name__}: GradScaler.unscale_(optimizer) divided the gradients but cannot divide "
+                "their second "
                 f"moments; leave out unscale_, GradScaler.step(optimizer) hands the scale over"
             )
         for bucket in buckets:
@@ -196,7 +201,8 @@ class Adam(Optimizer):
             return batch_size.detach().reshape(()).double()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int):
             raise TypeError(
-                f"{type(self).__name__}.step: batch_size must be an int or a scalar tensor, got {type(batch_size).__name__}"
+                f"{type(self).__name__}.step: batch_size must be an int or a scalar tensor, got "
+                f"{type(batch_size).__name__}"
             )
         if batch_size < 1:
             raise ValueError(f"{type(self).__name__}.step: batch_size must be at least 1, got {batch_size}")
@@ -210,8 +216,8 @@ class Adam(Optimizer):
             for p in group["params"]
             if (moment := moment_of(p)) is not None
         }
-        for examples in counts.values():
-            examples.drop_cleared()
+        for count in counts.values():
+            count.drop_cleared()
         buckets: dict[tuple[Any, ...], _Bucket] = {}
         for number, group in enumerate(self.param_groups):
             per_example = group["second_moment"] == "per_example"
@@ -220,7 +226,9 @@ class Adam(Optimizer):
                 if grad is None:
                     continue
                 if grad.layout != torch.strided:
-                    raise RuntimeError(f"{type(self).__name__}: {self._name_of(p, group)} has a sparse gradient; use a dense one")
+                    raise RuntimeError(
+                        f"{type(self).__name__}: {self._name_of(p, group)} has a sparse gradient; use a dense one"
+                    )
                 moment = moment_of(p)
                 second = None
                 if per_example:
@@ -238,9 +246,10 @@ class Adam(Optimizer):
                 bucket.grads.append(grad)
                 if second is not None:
                     bucket.sums.append(second)
-        if not buckets and any(examples.forward_pending for examples in counts.values()):
+        if not buckets and any(count.forward_pending for count in counts.values()):
             raise RuntimeError(
-                f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter has a gradient; "
+                f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter "
+                "has a gradient; "
                 f"call loss.backward() before step()"
             )
         self._warn_beyond_horizon(batch_size, buckets.values())
@@ -248,29 +257,40 @@ class Adam(Optimizer):
 
     def _second_moment(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> Tensor | None:
         if moment is not None and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
+            if moment.used_again():
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: {self._name_of(p, group)} was used more than once in one forward "
+                    "pass: its uses have "
+                    "to be added per example before squaring, which is not supported yet; use a layer of its own "
+                    "for each call"
+                )
             return moment.leaf.grad
         if moment is not None and not bool(grad.any()):
             return None  # zero_grad(set_to_none=False), and no gradient since
         raise RuntimeError(
-            f"{type(self).__name__}.step: {self._name_of(p, group)} has a gradient but no second moment: its forward pass ran in eval "
-            f"mode, under px.no_moments(), or outside of the layer that owns it (F.linear on its weight, say); run the layer itself "
+            f"{type(self).__name__}.step: {self._name_of(p, group)} has a gradient but no second moment: its forward "
+            "pass ran in eval "
+            "mode, under px.no_moments(), or outside of the layer that owns it (F.linear on its weight, say); run "
+            "the layer itself "
             f"in training mode"
         )
 
-    def _counted(
-        self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Tensor | None
-    ) -> Tensor:
+    def _counted(self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Tensor | None) -> Tensor:
         total = None if examples is None else examples.total
         if examples is not None and examples.uncounted and total is not None:
             raise RuntimeError(
-                f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the converted model as well as "
-                f"inside, so its examples were not all counted; convert the part that is called by itself (px.convert(model.part)), "
+                f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the "
+                "converted model as well as "
+                "inside, so its examples were not all counted; convert the part that is called by itself "
+                "(px.convert(model.part)), "
                 f"or pass step(batch_size=...)"
             )
         if total is None:
             raise RuntimeError(
-                f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward pass did not go through "
-                f"the output of a converted model (a sub-module was called directly, or px.convert was not); call the model that "
+                f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward "
+                "pass did not go through "
+                "the output of a converted model (a sub-module was called directly, or px.convert was not); call "
+                "the model that "
                 f"was converted, convert the part that is called (px.convert(model.part)), or pass step(batch_size=...)"
             )
         return total if base is None else total - base
@@ -288,7 +308,8 @@ class Adam(Optimizer):
             if size > horizon:
                 self._warned = True
                 warnings.warn(
-                    f"{type(self).__name__}: the batch of {size} examples is larger than the averaging time of {horizon:g} examples "
+                    f"{type(self).__name__}: the batch of {size} examples is larger than the averaging time of "
+                    f"{horizon:g} examples "
                     f"(n_g, n_s): nothing is averaged, and from here on results depend on the batch size",
                     stacklevel=4,
                 )
@@ -314,7 +335,9 @@ class Adam(Optimizer):
             self._pack_examples(params, states),
             violations,
             bucket.batch_size.to(device, non_blocking=True),
-            lr.to(device, torch.float64) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device),
+            lr.to(device, torch.float64)
+            if isinstance(lr, Tensor)
+            else torch.full((), lr, dtype=torch.float64, device=device),
             float(group["n_g"]),
             float(group["n_s"]),
             float(group["eps"]),
@@ -371,8 +394,10 @@ class Adam(Optimizer):
             more = f" and {len(flagged) - 5} more" if len(flagged) > 5 else ""
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {names}{more} is larger than its second moment allows "
-                f"((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: F.linear or F.conv2d on the "
-                f"layer's weight, a hook or code that changed p.grad, a penalty on the weights in the loss (use weight_decay, which "
+                "((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: "
+                "F.linear or F.conv2d on the "
+                "layer's weight, a hook or code that changed p.grad, a penalty on the weights in the loss (use "
+                "weight_decay, which "
                 f"is decoupled), a wrong batch_size. guard=False turns this check off. The step has been applied"
             )
 

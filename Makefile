@@ -1,0 +1,50 @@
+# make test   sets up and runs the tests and the linters     make bench   sets up and runs the benchmark
+# make build  only sets up                                   make lint    only the linters
+#
+# Uses the Python in use if it has torch, else makes .venv and installs into it.
+# Variables: PYTHON, TORCH (requirement to install where torch is missing), FULL=1 (bench), ARGS (for pytest, bench).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+
+HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
+ifeq ($(HAS_TORCH),1)
+PY := $(PYTHON)
+else
+PY := $(ROOT)/.venv/bin/python
+endif
+SOURCES := $(shell find $(ROOT)/csrc -type f)
+# One stamp per interpreter: another environment is another installation.
+STAMP := $(ROOT)/build/installed-$(shell echo "$(PY) $$($(PYTHON) -c 'import sys; print(sys.prefix)')" | cksum | cut -d' ' -f1)
+
+.PHONY: test bench build lint
+test: build
+	cd $(ROOT) && $(PY) -m pytest $(ARGS)
+	$(MAKE) -f $(ROOT)/Makefile --no-print-directory lint
+
+bench: build
+	cd $(ROOT) && $(PY) -m bench $(if $(filter 1,$(FULL)),--full) $(ARGS)
+
+lint: build
+	cd $(ROOT) && $(PY) -m ruff check .
+	cd $(ROOT) && $(PY) -m ruff format --check .
+	cd $(ROOT) && $(PY) -m mypy
+	cd $(ROOT) && find csrc -type f | xargs "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" --dry-run -Werror
+
+build: $(STAMP)
+
+$(STAMP): $(if $(filter 1,$(HAS_TORCH)),,$(ROOT)/.venv/ready) $(ROOT)/setup.py $(ROOT)/pyproject.toml $(SOURCES)
+	cd $(ROOT) && $(PY) -m pip install --quiet 'setuptools>=77' ninja 'pybind11>=2.13'
+	cd $(ROOT) && $(PY) -m pip install --quiet --no-build-isolation -e '.[test,bench,dev]'
+	mkdir -p $(@D) && touch $@
+
+$(ROOT)/.venv/ready:
+	$(PYTHON) -m venv $(ROOT)/.venv
+	$(PY) -m pip install --quiet "$(TORCH)"
+	touch $@

@@ -1,0 +1,103 @@
+"""The optimizer's step against torch's fused AdamW. `python -m bench.adam`."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import perexample as px
+
+from . import _gate, _kernels
+from .models import GPT
+
+TITLE = "Step ÷ torch.optim.AdamW(fused=True).step()"
+
+
+class Parallel(nn.Module):
+    """Many small layers side by side, so that no gradient vanishes."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+class GPT2(GPT):
+    """The parameters of GPT-2 124M: 148 tensors, its head being the token embedding."""
+
+    def __init__(self) -> None:
+        super().__init__(768, 12, 12, 1024, 50257)
+        self.head = nn.Identity()  # type: ignore[assignment]
+
+
+def gradients(model: nn.Module, x: Tensor) -> None:
+    """Give every parameter a random gradient and, on a converted model, the second moment that goes with it."""
+    model(x).sum().backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.normal_(std=1e-2)
+        if hasattr(p, "sum_grad_squared"):
+            p.sum_grad_squared.copy_(p.grad.square())
+
+
+def _programs(model: nn.Module, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
+    """Stock's step, ours, and our op by itself; the gradients stay from step to step."""
+    converted = px.convert(copy.deepcopy(model))
+    gradients(model, x)
+    gradients(converted, x)
+    stock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ours = px.optim.Adam(converted.parameters(), lr=1e-5, n_g=10, n_s=1000)
+    return stock.step, ours.step, _bare(converted)
+
+
+def _bare(model: nn.Module) -> Callable[[], Any]:
+    params = list(model.parameters())
+    detached = [p.detach() for p in params]
+    grads, sums = [p.grad for p in params], [p.sum_grad_squared for p in params]
+    averages, squares = [torch.zeros_like(p) for p in detached], [torch.zeros_like(p) for p in detached]
+    seen, flags = torch.zeros(len(params), dtype=torch.float64), torch.zeros(len(params), dtype=torch.int32)
+    batch, rate = torch.tensor(2.0, dtype=torch.float64), torch.tensor(1e-5, dtype=torch.float64)
+    rest = (batch, rate, 10.0, 1000.0, 1e-8, 0.0, True, False, 1, None, None)
+    return lambda: torch.ops.perexample.adam_step_(detached, grads, sums, averages, squares, seen, flags, *rest)
+
+
+def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, bare: bool) -> _kernels.Case:
+    def make() -> tuple[Any, ...]:
+        return _programs(build(), x)
+
+    return _kernels.Case(
+        name,
+        make,
+        lambda stock, ours, op: stock(),
+        lambda stock, ours, op: ours(),
+        lambda stock, ours, op: _gate.adam_gate(torch.randn),
+        reach,
+        {"op alone": lambda stock, ours, op: op()} if bare else {},
+    )
+
+
+def cases(full: bool) -> list[_kernels.Case]:
+    """Many tiny tensors, and GPT-2's parameters where memory allows."""
+    tiny = _case("2,000 tensors of 4 to 16", lambda: Parallel(1000, 4), torch.randn(2, 4), 0.1, bare=True)
+    middle = _case("5.8 M in 6 tensors", lambda: _three_layers(), torch.randn(2, 784), 1.15, bare=full)
+    large = _case("124 M in 148 tensors", GPT2, torch.randint(50257, (2, 4)), 1.15, bare=True)
+    return [tiny, *([middle] if full else []), *([large] if _free_memory() > 10 << 30 else [])]
+
+
+def _three_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 10))
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    _kernels.main("adam", TITLE, cases)

@@ -1,0 +1,194 @@
+// Gradient and per-example moments of an embedding, MATHS (6):
+//   G_b[v,:] = sum of dy[b,t,:] over the t with indices[b,t] = v;
+//   dw = sum_b G_b;   dw_sq = sum_b G_b^2
+//
+// The occurrences (b, t) are sorted by index; the sort is stable, so the occurrences of one index
+// stay in the order of their examples. Then one sweep writes every row of both outputs once: zeros,
+// or the sums over the row's occurrences. The sweep is cut into ranges of rows of equal cost; no
+// row's arithmetic depends on the cuts.
+#include <cstring>
+
+#include "kernels.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace perexample::cpu::PX_CAPABILITY {
+namespace {
+
+constexpr int kDigitBits = 11;          // of one pass of the sort
+constexpr int64_t kTaskSize = 1 << 15;  // elements that are worth a task
+constexpr int64_t kTasksPerThread = 8;  // so that no thread waits long for another
+constexpr int64_t kSplitColumns = 256;  // columns of a task where one row dominates
+
+template <class Int>
+struct Occurrence {
+  Int index, position;  // position: b T + t
+};
+
+// The occurrences sorted by index, without those of the padding index. Int holds V and B T.
+template <class Int>
+const Occurrence<Int>* sort_occurrences(const Embedding& a, int64_t& count) {
+  using Item = Occurrence<Int>;
+  int64_t bytes = a.B * a.T * static_cast<int64_t>(sizeof(Item));
+  Item* from = static_cast<Item*>(scratch(bytes, 0));
+  Item* to = static_cast<Item*>(scratch(bytes, 1));
+  count = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    for (int64_t t = 0; t < a.T; ++t) {
+      int64_t index = a.indices[b * a.index_stride[0] + t * a.index_stride[1]];
+      if (index == a.padding_idx) continue;
+      from[count++] = {static_cast<Int>(index), static_cast<Int>(b * a.T + t)};
+    }
+  }
+  constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+  for (int shift = 0; (a.V - 1) >> shift > 0; shift += kDigitBits) {
+    int64_t start[kDigits + 1] = {};
+    auto digit = [&](const Item& item) { return (item.index >> shift) & (kDigits - 1); };
+    for (int64_t i = 0; i < count; ++i) ++start[digit(from[i]) + 1];
+    for (int64_t d = 0; d < kDigits; ++d) start[d + 1] += start[d];
+    for (int64_t i = 0; i < count; ++i) to[start[digit(from[i])]++] = from[i];
+    Item* sorted = to;
+    to = from;
+    from = sorted;
+  }
+  return from;
+}
+
+// The first of the sorted occurrences with at least this index.
+template <class Int>
+int64_t lower_bound(const Occurrence<Int>* sorted, int64_t count, int64_t index) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    int64_t middle = low + (high - low) / 2;
+    if (static_cast<int64_t>(sorted[middle].index) < index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The first row at which rows and occurrences before it number at least `cost`.
+template <class Int>
+int64_t row_at(const Embedding& a, const Occurrence<Int>* sorted, int64_t count, int64_t cost) {
+  int64_t low = 0, high = a.V;
+  while (low < high) {
+    int64_t middle = low + (high - low) / 2;
+    if (middle + lower_bound(sorted, count, middle) < cost) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Columns [column, column + n) of one row: the sums over its occurrences.
+template <class T, class Int>
+void sum_row(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<Int>* end,
+             int64_t row, int64_t column, int64_t n) {
+  using A = Accumulator<T>;
+  const T* dy = static_cast<const T*>(a.dy) + column * a.dy_stride[2];
+  bool unit = a.dy_stride[2] == 1 || n == 1;
+  Block<A> block;
+  for (int64_t i = 0; i < n; ++i) block.sum[i] = block.sum_sq[i] = 0;
+  while (begin < end) {
+    int64_t b = begin->position / a.T;
+    for (bool first = true, last = false; !last; first = false) {
+      const T* rows[kBlockRows];
+      T gathered[kBlockRows * kGatheredColumns];
+      int64_t count = 0;
+      for (; count < kBlockRows && begin < end; ++begin, ++count) {
+        int64_t t = begin->position - b * a.T;
+        if (t >= a.T) break;
+        rows[count] = dy + b * a.dy_stride[0] + t * a.dy_stride[1];
+        if (unit) continue;
+        T* copy = gathered + count * kGatheredColumns;
+        for (int64_t i = 0; i < n; ++i) copy[i] = rows[count][i * a.dy_stride[2]];
+        rows[count] = copy;
+      }
+      last = begin == end || static_cast<int64_t>(begin->position) >= (b + 1) * a.T;
+      add_rows<T>(n, count, [&](int64_t r) PX_LAMBDA { return rows[r]; }, first, last, block);
+    }
+  }
+  int64_t at = row * a.D + column;
+  with_type(a.grad_dtype,
+            [&](auto tag) { narrow_row(n, block.sum, static_cast<decltype(tag)*>(a.dw) + at); });
+  narrow_row(n, block.sum_sq, static_cast<A*>(a.dw_sq) + at);
+}
+
+// Zeros n elements of both outputs.
+template <class T>
+void clear(const Embedding& a, int64_t at, int64_t n) {
+  with_type(a.grad_dtype, [&](auto tag) {
+    using G = decltype(tag);
+    std::memset(static_cast<G*>(a.dw) + at, 0, n * sizeof(G));
+  });
+  using A = Accumulator<T>;
+  std::memset(static_cast<A*>(a.dw_sq) + at, 0, n * sizeof(A));
+}
+
+template <class T, class Int>
+void moments(const Embedding& a, const Parallel& parallel) {
+  int64_t count = 0;
+  const Occurrence<Int>* sorted = sort_occurrences<Int>(a, count);
+
+  int64_t cost = a.V + count;
+  int64_t ranges = max_of(1, min_of(parallel.threads * kTasksPerThread, cost * a.D / kTaskSize));
+  int64_t most = 0;  // occurrences of one index
+  for (int64_t begin = 0, i = 1; i <= count; ++i) {
+    if (i < count && sorted[i].index == sorted[begin].index) continue;
+    most = max_of(most, i - begin);
+    begin = i;
+  }
+  // Where one row would keep a thread longer than the others, the tasks are cut by columns too.
+  bool split = parallel.threads > 1 && most * parallel.threads > cost / 4;
+  int64_t width = split ? kSplitColumns : a.D;
+  int64_t splits = ceil_div(a.D, width);
+  int64_t block = a.dy_stride[2] == 1 ? kBlockColumns : kGatheredColumns;
+
+  parallel(ranges * splits, [&](int64_t task) {
+    int64_t range = task / splits;
+    int64_t left = task % splits * width;
+    int64_t right = min_of(left + width, a.D);
+    int64_t v = row_at(a, sorted, count, cost * range / ranges);
+    int64_t v_end =
+        range + 1 == ranges ? a.V : row_at(a, sorted, count, cost * (range + 1) / ranges);
+    const Occurrence<Int>* next = sorted + lower_bound(sorted, count, v);
+    while (v < v_end) {
+      int64_t occupied = next < sorted + count ? min_of(next->index, v_end) : v_end;
+      if (splits == 1) {
+        clear<T>(a, v * a.D, (occupied - v) * a.D);
+      } else {
+        for (int64_t row = v; row < occupied; ++row) clear<T>(a, row * a.D + left, right - left);
+      }
+      v = occupied;
+      if (v == v_end) break;
+      const Occurrence<Int>* end = next;
+      while (end < sorted + count && static_cast<int64_t>(end->index) == v) ++end;
+      for (int64_t column = left; column < right; column += block) {
+        sum_row<T>(a, next, end, v, column, min_of(block, right - column));
+      }
+      next = end;
+      ++v;
+    }
+  });
+}
+
+}  // namespace
+
+void embedding_moments(const Embedding& a, const Parallel& parallel) {
+  if (a.V == 0 || a.D == 0) return;
+  bool small = a.V <= INT32_MAX && a.B * a.T <= INT32_MAX;
+  with_type(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (small) {
+      moments<T, int32_t>(a, parallel);
+    } else {
+      moments<T, int64_t>(a, parallel);
+    }
+  });
+}
+
+}  // namespace perexample::cpu::PX_CAPABILITY
