@@ -3,7 +3,7 @@
 // The only file that knows torch, and only through the LibTorch stable ABI, so that one library
 // serves every torch from TORCH_TARGET_VERSION on and every Python. Schemas, fake kernels and full
 // validation are in pysrc/perexample/ops; the checks here keep a direct call of torch.ops from
-// reading out of bounds.
+// reading out of bounds. Each op is registered by itself, so that the dispatcher knows its line.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -174,6 +174,9 @@ Four linear_moments(const Tensor dy, const Tensor x, bool bias, std::optional<Sc
   cpu::kernels().linear_moments(a, parallel());
   return {weight.sum, weight.sum_sq, column.sum, column.sum_sq};
 }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
+  m.impl("linear_moments", TORCH_BOX(&linear_moments));
+}
 
 Two bias_moments(const Tensor dy, std::optional<ScalarType> dtype) {
   constexpr const char* op = "bias_moments";
@@ -189,6 +192,7 @@ Two bias_moments(const Tensor dy, std::optional<ScalarType> dtype) {
   cpu::kernels().bias_moments(a, parallel());
   return {column.sum, column.sum_sq};
 }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) { m.impl("bias_moments", TORCH_BOX(&bias_moments)); }
 
 // The one stride that walks all dimensions but the first in row-major order, if there is one.
 std::optional<int64_t> inner_stride(const Tensor& tensor) {
@@ -221,6 +225,9 @@ Two reduce_moments(const Tensor grad, std::optional<ScalarType> dtype) {
   a.sum = moments.sum_data(), a.sum_sq = moments.sum_sq_data();
   cpu::kernels().reduce_moments(a, parallel());
   return {moments.sum, moments.sum_sq};
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
+  m.impl("reduce_moments", TORCH_BOX(&reduce_moments));
 }
 
 // ---- Convolution --------------------------------------------------------------------------------
@@ -273,6 +280,7 @@ Four conv_moments(const Tensor dy, const Tensor x, const Ints kernel_size, const
   cpu::kernels().conv_moments(a, parallel());
   return {weight.sum, weight.sum_sq, column.sum, column.sum_sq};
 }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) { m.impl("conv_moments", TORCH_BOX(&conv_moments)); }
 
 // ---- Embedding ----------------------------------------------------------------------------------
 
@@ -308,6 +316,9 @@ Two embedding_moments(const Tensor dy, const Tensor indices, int64_t num_embeddi
   a.dw = weight.sum_data(), a.dw_sq = weight.sum_sq_data();
   cpu::kernels().embedding_moments(a, parallel());
   return {weight.sum, weight.sum_sq};
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
+  m.impl("embedding_moments", TORCH_BOX(&embedding_moments));
 }
 
 // ---- Norms --------------------------------------------------------------------------------------
@@ -365,6 +376,9 @@ Five layer_norm_moments(const Tensor dy, const Tensor x, const Optional mean, co
   return norm_moments<cpu::LayerNorm>(op, dy, x, mean, rstd, weight, eps, output_mask, dy.size(2),
                                       dy.size(1), cpu::kernels().layer_norm_moments, set_sizes);
 }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
+  m.impl("layer_norm_moments", TORCH_BOX(&layer_norm_moments));
+}
 
 Five group_norm_moments(const Tensor dy, const Tensor x, const Optional mean, const Optional rstd,
                         const Optional weight, int64_t groups, double eps,
@@ -377,6 +391,9 @@ Five group_norm_moments(const Tensor dy, const Tensor x, const Optional mean, co
   };
   return norm_moments<cpu::GroupNorm>(op, dy, x, mean, rstd, weight, eps, output_mask, dy.size(1),
                                       groups, cpu::kernels().group_norm_moments, set_sizes);
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
+  m.impl("group_norm_moments", TORCH_BOX(&group_norm_moments));
 }
 
 // ---- Adam ---------------------------------------------------------------------------------------
@@ -583,6 +600,7 @@ void adam_step_(const TensorList& params, const TensorList& grads,
   if (found_inf && scalar("found_inf", *found_inf) != 0) return;
 
   double batch = scalar("batch_size", batch_size);
+  if (batch <= 0) return;  // a step on no examples is none
   double inverse = grad_scale ? 1.0 / scalar("grad_scale", *grad_scale) : 1.0;
   auto* seen = static_cast<double*>(examples_seen.mutable_data_ptr());
   auto* flags = static_cast<int32_t*>(violations.mutable_data_ptr());
@@ -644,18 +662,7 @@ void adam_step_(const TensorList& params, const TensorList& grads,
   for (const Staging& staging : stagings) staging.finish();
   for (int64_t i = 0; i < examples_seen.size(0); ++i) seen[i * seen_stride] += batch;
 }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) { m.impl("adam_step_", TORCH_BOX(&adam_step_)); }
 
 }  // namespace
 }  // namespace perexample
-
-STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
-  using namespace perexample;
-  m.impl("linear_moments", TORCH_BOX(&linear_moments));
-  m.impl("conv_moments", TORCH_BOX(&conv_moments));
-  m.impl("bias_moments", TORCH_BOX(&bias_moments));
-  m.impl("reduce_moments", TORCH_BOX(&reduce_moments));
-  m.impl("embedding_moments", TORCH_BOX(&embedding_moments));
-  m.impl("layer_norm_moments", TORCH_BOX(&layer_norm_moments));
-  m.impl("group_norm_moments", TORCH_BOX(&group_norm_moments));
-  m.impl("adam_step_", TORCH_BOX(&adam_step_));
-}

@@ -20,6 +20,8 @@ constexpr int64_t kBoxPositions = 8192;       // positions of one box
 constexpr int64_t kBoxWindow = 1 << 16;       // input elements per channel of one box
 constexpr int64_t kPackedElements = 1 << 15;  // input packed at a time, in whole channels
 constexpr int64_t kTaskGroups = 8;            // groups of one task
+constexpr int64_t kLineChannels = 16;         // channels that share cache lines in channels_last
+constexpr int64_t kStagedElements = 1 << 18;  // of x or dy that are turned at a time
 constexpr int64_t kEnoughGroups = 32;         // tasks enough without splitting the examples
 constexpr int64_t kSplitElements = 1 << 18;   // sums of all ranges
 constexpr int64_t kMaxSplits = 16;
@@ -167,6 +169,7 @@ struct Plan {
   int64_t o_tiles, r_tiles;
   int64_t sum_size;     // elements of a group's sums; the bias behind the tiles
   int64_t task_groups;  // neighbours, for the sake of the memory's prefetchers
+  bool staged;          // their channels are turned from channels_last together
 
   Plan(const Conv& conv, int64_t lane_count, int64_t threads)
       : channels(conv.C / conv.groups),
@@ -190,6 +193,11 @@ struct Plan {
       splits *= 2;
     splits = max_of(1, min_of(splits, conv.B));
     task_groups = splits > 1 ? 1 : min_of(kTaskGroups, ceil_div(conv.groups, 4 * threads));
+    const int64_t line = ceil_div(kLineChannels, min_of(channels, outputs));
+    staged =
+        splits == 1 && conv.groups >= line && (conv.x_stride[4] != 1 || conv.dy_stride[4] != 1) &&
+        line * max_of(channels * volume(conv.in), outputs * volume(conv.out)) <= kStagedElements;
+    if (staged) task_groups = line;
   }
 };
 
@@ -405,6 +413,34 @@ void sum_box(const Conv& conv, const Plan& p, const BoxView& view, int64_t group
   }
 }
 
+// to (channels, size...) = some channels of one example, whatever their strides.
+template <class In, class S>
+void stage(const int64_t (&size)[3], const int64_t* stride, int64_t channels, const In* from,
+           S* to) {
+  int64_t rows = size[1], row = size[2];
+  if (stride[2] == row * stride[3]) {  // rows that follow one another without a gap are one
+    row *= rows;
+    rows = 1;
+  }
+  for (int64_t d = 0; d < size[0]; ++d)
+    for (int64_t h = 0; h < rows; ++h, to += row) {
+      const In* begin = from + d * stride[1] + h * stride[2];
+      if (stride[0] == 1) {
+        transpose(row, channels, begin, stride[3], to, volume(size));
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          copy_row(row, begin + c * stride[0], stride[3], to + c * volume(size));
+      }
+    }
+}
+
+PX_INLINE void set_contiguous(const int64_t (&size)[3], int64_t (&stride)[5]) {
+  stride[4] = 1;
+  stride[3] = size[2];
+  stride[2] = size[1] * size[2];
+  stride[1] = volume(size);
+}
+
 // sums (groups, 2, sum_size) = g, s of some groups over the examples [b_begin, b_end).
 template <class In, class S>
 void sum_groups(const Conv& conv, const Plan& p, int64_t first_group, int64_t groups,
@@ -418,6 +454,35 @@ void sum_groups(const Conv& conv, const Plan& p, int64_t first_group, int64_t gr
         sum_box<In>(conv, p, view, first_group + group, b, i == 0, i == p.box_count - 1, scratch,
                     sums + group * 2 * p.sum_size);
       }
+}
+
+// The same, one example at a time turned to contiguous channels of S.
+template <class In, class S>
+void sum_staged_groups(const Conv& conv, const Plan& p, int64_t first_group, int64_t groups,
+                       const TaskScratch<S>& own, S* sums) {
+  const int64_t x_size = p.task_groups * p.channels * volume(conv.in);
+  const int64_t dy_size = p.task_groups * p.outputs * volume(conv.out);
+  S* x = static_cast<S*>(scratch((x_size + dy_size) * int64_t{sizeof(S)}, 2));
+  Conv turned = conv;
+  turned.x = x;
+  turned.dy = x + x_size;
+  set_contiguous(conv.in, turned.x_stride);
+  set_contiguous(conv.out, turned.dy_stride);
+  zero(sums, groups * 2 * p.sum_size);
+  BoxView view = BoxView::make<S>(turned, p, 0, own);
+  for (int64_t b = 0; b < conv.B; ++b) {
+    const int64_t c = first_group * p.channels, o = first_group * p.outputs;
+    stage(conv.in, conv.x_stride + 1, groups * p.channels,
+          at<In>(conv.x, b * conv.x_stride[0] + c * conv.x_stride[1]), x);
+    stage(conv.out, conv.dy_stride + 1, groups * p.outputs,
+          at<In>(conv.dy, b * conv.dy_stride[0] + o * conv.dy_stride[1]), x + x_size);
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t i = 0; i < p.box_count; ++i) {
+        if (p.box_count > 1) view = BoxView::make<S>(turned, p, i, own);
+        sum_box<S>(turned, p, view, group, 0, i == 0, i == p.box_count - 1, own,
+                   sums + group * 2 * p.sum_size);
+      }
+  }
 }
 
 // The sums of a group, from the order of the tiles to (o, (c, k)), rounded.
@@ -448,7 +513,10 @@ void conv_by_positions(const Conv& conv, const Parallel& parallel) {
       const TaskScratch<S> own = task_scratch<S>(p);
       const int64_t first = task * p.task_groups;
       const int64_t groups = min_of(p.task_groups, conv.groups - first);
-      sum_groups<In, S>(conv, p, first, groups, 0, conv.B, own, own.sums);
+      if (p.staged)
+        sum_staged_groups<In, S>(conv, p, first, groups, own, own.sums);
+      else
+        sum_groups<In, S>(conv, p, first, groups, 0, conv.B, own, own.sums);
       for (int64_t i = 0; i < groups; ++i) write(first + i, own.sums + i * 2 * p.sum_size);
     });
     return;

@@ -1,13 +1,12 @@
 // Register tiles for sums over examples of products and of their squares, and the packing that feeds
-// them. One operand, D, is packed into panels of kRowPanel columns (they become rows of the output),
+// them. One operand, D, is packed into panels of MR (a few) columns, which become rows of the output,
 // the other, X, into panels of kPanel<S> columns; both run along (example, position), so packing
 // copies rows and transposes nothing. A tile is all pairs of one D panel with one X panel:
 //
 //   G_b[m,n] = sum_t D[b,t,m] X[b,t,n];   g = sum_b G_b;   s = sum_b G_b^2.
 //
 // Each tile runs over all examples of a group, so g and s reach memory once per group. How G, g and
-// s share the register file, MR rows of the tile at a time, depends on T and on the number of
-// registers:
+// s share the register file depends on T and on the number of registers:
 //   T = 1       s is itself a product, of the squares: they are packed behind the operands.
 //   resident    G, g and s all stay in registers: small tiles, no traffic.
 //   paired      two examples' G in registers, g and s in an L1 buffer that is touched once a pair.
@@ -31,7 +30,7 @@ inline constexpr bool kManyRegisters = false;
 inline constexpr int kPanelVectors = 2;
 template <class S>
 inline constexpr int kPanel = kPanelVectors * lanes<S>;
-inline constexpr int kRowPanel = kManyRegisters ? 12 : 6;
+inline constexpr int kMaxTileRows = kManyRegisters ? 12 : 6;
 
 PX_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 PX_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -78,9 +77,9 @@ template <class S, int MR, int NV, int E, int kUnroll, bool kExact>
 PX_INLINE void multiply_examples(Vec<S> (&G)[E][MR * NV], const S*& d, const S*& x, int64_t T) {
   auto position = [&](auto first) PX_LAMBDA {
     unroll<E>([&](auto e) PX_LAMBDA {
-      multiply<S, MR, NV, decltype(first)::value>(G[e], d + e * T * kRowPanel, x + e * T * kPanel<S>);
+      multiply<S, MR, NV, decltype(first)::value>(G[e], d + e * T * MR, x + e * T * kPanel<S>);
     });
-    d += kRowPanel;
+    d += MR;
     x += kPanel<S>;
   };
   position(std::true_type{});
@@ -92,7 +91,7 @@ PX_INLINE void multiply_examples(Vec<S> (&G)[E][MR * NV], const S*& d, const S*&
     }
     for (; left > 0; --left) position(std::false_type{});
   }
-  d += (E - 1) * T * kRowPanel;
+  d += (E - 1) * T * MR;
   x += (E - 1) * T * kPanel<S>;
 }
 
@@ -103,31 +102,30 @@ PX_INLINE void product_tile(const S* d, const S* x, int64_t rows, S* out) {
   unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] = Vec<S>{}; });
   for (int64_t row = 0; row < rows; ++row) {
     multiply<S, MR, NV, false>(G, d, x);
-    d += kRowPanel;
+    d += MR;
     x += kPanel<S>;
   }
   unroll<MR * NV>([&](auto i) PX_LAMBDA { store(out + i * lanes<S>, G[i]); });
 }
 
-// The tiles below share one signature: `examples` examples of T positions; of the panel's rows the
-// first `height` count; g and s are buffers of kRowPanel x NV vectors.
+// The tiles below share one signature: `examples` examples of T positions; g and s are buffers of
+// MR x NV vectors.
 template <class S>
-using Tile = void (*)(const S* d, const S* x, int64_t examples, int64_t T, int64_t height, S* g,
-                      S* s);
+using Tile = void (*)(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s);
 
-template <class S, int NV>
-void single_tile(const S* d, const S* x, int64_t examples, int64_t T, int64_t, S* g, S*) {
-  product_tile<S, kRowPanel, NV>(d, x, examples * T, g);
+template <class S, int MR, int NV>
+void single_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S*) {
+  product_tile<S, MR, NV>(d, x, examples * T, g);
 }
 
-template <class S, int NV>
-void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t, int64_t, S* g, S* s) {
-  product_tile<S, kRowPanel, NV>(d, x, examples, g);
-  product_tile<S, kRowPanel, NV>(d + examples * kRowPanel, x + examples * kPanel<S>, examples, s);
+template <class S, int MR, int NV>
+void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t, S* g, S* s) {
+  product_tile<S, MR, NV>(d, x, examples, g);
+  product_tile<S, MR, NV>(d + examples * MR, x + examples * kPanel<S>, examples, s);
 }
 
 template <class S, int MR, int NV, int kUnroll, bool kExact>
-void resident_rows(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
+void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
   Vec<S> sum[MR * NV], square_sum[MR * NV];
   unroll<MR * NV>([&](auto i) PX_LAMBDA { sum[i] = square_sum[i] = Vec<S>{}; });
   for (int64_t b = 0; b < examples; ++b) {
@@ -144,17 +142,8 @@ void resident_rows(const S* d, const S* x, int64_t examples, int64_t T, S* g, S*
   });
 }
 
-template <class S, int MR, int NV, int kUnroll, bool kExact>
-void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, int64_t height, S* g,
-                   S* s) {
-  for (int64_t m = 0; m < height; m += MR) {
-    const int64_t at = m * NV * lanes<S>;
-    resident_rows<S, MR, NV, kUnroll, kExact>(d + m, x, examples, T, g + at, s + at);
-  }
-}
-
 template <class S, int MR, int NV, int kUnroll>
-void paired_rows(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
+void paired_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
   unroll<MR * NV>([&](auto i) PX_LAMBDA {
     store(g + i * lanes<S>, Vec<S>{});
     store(s + i * lanes<S>, Vec<S>{});
@@ -180,20 +169,13 @@ void paired_rows(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s
   if (b < examples) add(std::integral_constant<int, 1>{});
 }
 
-template <class S, int MR, int NV, int kUnroll>
-void paired_tile(const S* d, const S* x, int64_t examples, int64_t T, int64_t height, S* g, S* s) {
-  for (int64_t m = 0; m < height; m += MR) {
-    const int64_t at = m * NV * lanes<S>;
-    paired_rows<S, MR, NV, kUnroll>(d + m, x, examples, T, g + at, s + at);
-  }
-}
-
-// How one (B, T) is computed: the tile for 1 or 2 vectors of an X panel.
+// How one (B, T) is computed: the width of a D panel and the tile for 1 or 2 vectors of an X panel.
 template <class S>
 struct Scheme {
+  int rows;
   Tile<S> tile[kPanelVectors];
-  bool squares;  // the operands' squares are packed behind them
-  bool single;   // a tile holds one example, or part of it, and has no s
+  bool squares = false;  // the operands' squares are packed behind them
+  bool single = false;   // a tile holds one example, or part of it, and has no s
 };
 
 // From here on a tile of one example has enough positions to go to memory with.
@@ -201,21 +183,33 @@ inline constexpr int64_t kLongExample = 256;
 
 template <class S>
 Scheme<S> choose_scheme(int64_t B, int64_t T) {
-  if (T == 1) return {{squared_operands_tile<S, 1>, squared_operands_tile<S, 2>}, true, false};
-  if (T > kLongExample || B == 1) return {{single_tile<S, 1>, single_tile<S, 2>}, false, true};
+  constexpr int kTall = kMaxTileRows;
   constexpr int kLow = kManyRegisters ? 4 : 2;
+  if (T == 1) {
+    return {.rows = kTall,
+            .tile = {squared_operands_tile<S, kTall, 1>, squared_operands_tile<S, kTall, 2>},
+            .squares = true};
+  }
+  if (T > kLongExample || B == 1) {
+    return {.rows = kTall,
+            .tile = {single_tile<S, kTall, 1>, single_tile<S, kTall, 2>},
+            .single = true};
+  }
   if (T == 2) {
-    return {{resident_tile<S, kLow, 1, 2, true>, resident_tile<S, kLow, 2, 2, true>}, false, false};
+    return {.rows = kLow,
+            .tile = {resident_tile<S, kLow, 1, 2, true>, resident_tile<S, kLow, 2, 2, true>}};
   }
   if (T == 3) {
-    return {{resident_tile<S, kLow, 1, 3, true>, resident_tile<S, kLow, 2, 3, true>}, false, false};
+    return {.rows = kLow,
+            .tile = {resident_tile<S, kLow, 1, 3, true>, resident_tile<S, kLow, 2, 3, true>}};
   }
   if constexpr (kManyRegisters) {
-    return {
-        {resident_tile<S, kLow, 1, 4, false>, resident_tile<S, kLow, 2, 4, false>}, false, false};
+    return {.rows = kLow,
+            .tile = {resident_tile<S, kLow, 1, 4, false>, resident_tile<S, kLow, 2, 4, false>}};
+  } else if (T < 8) {
+    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 4>, paired_tile<S, 3, 2, 4>}};
   } else {
-    if (T < 8) return {{paired_tile<S, 3, 1, 4>, paired_tile<S, 3, 2, 4>}, false, false};
-    return {{paired_tile<S, 3, 1, 8>, paired_tile<S, 3, 2, 8>}, false, false};
+    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 8>, paired_tile<S, 3, 2, 8>}};
   }
 }
 
@@ -296,6 +290,22 @@ void pack(const Operand& a, const Rows& rows, int64_t column, int64_t columns,
 
 template <class S>
 using Pack = void (*)(const Operand&, const Rows&, int64_t column, int64_t columns, S* out);
+
+// The packing of D for a scheme.
+template <class In>
+Pack<Accumulator<In>> choose_row_pack(const Scheme<Accumulator<In>>& scheme) {
+  if (scheme.squares) return pack<In, kMaxTileRows, true>;
+  switch (scheme.rows) {
+    case 2:
+      return pack<In, 2, false>;
+    case 3:
+      return pack<In, 3, false>;
+    case 4:
+      return pack<In, 4, false>;
+    default:
+      return pack<In, kMaxTileRows, false>;
+  }
+}
 
 }  // namespace
 }  // namespace perexample::cpu::PX_CAPABILITY

@@ -166,7 +166,7 @@ PX_INLINE void prefetch_tile(const Sums<S>& out, int64_t height) {
 // The sums of one block.
 template <class S>
 void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
-  const int64_t MR = kRowPanel, NR = kPanel<S>;
+  const int64_t MR = p.scheme.rows, NR = kPanel<S>;
   const int64_t height = block.m1 - block.m0, width = block.n1 - block.n0;
   const int64_t panels = ceil_div(height, MR), column_panels = ceil_div(width, NR);
   const int64_t copies = p.scheme.squares ? 2 : 1;
@@ -181,7 +181,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
               kTaskScratch));
   S* packed_columns = packed_rows + columns_start;
   S* examples = packed_columns + packed_columns_size;
-  alignas(64) S g[kRowPanel * kPanel<S>], s[kRowPanel * kPanel<S>];
+  alignas(64) S g[kMaxTileRows * kPanel<S>], s[kMaxTileRows * kPanel<S>];
 
   for (int64_t b = block.b0; b < block.b1; b += p.group) {
     const bool first = b == block.b0;
@@ -212,7 +212,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
           if (!first) prefetch_tile(to, tile_rows);
           p.scheme.tile[vectors - 1](packed_rows + m * panel_rows,
                                      packed_columns + slot * NR * panel_rows, rows.examples,
-                                     rows.positions, tile_rows, g, s);
+                                     rows.positions, g, s);
           const int64_t tile_width = vectors * lanes<S>;
           if (p.scheme.single &&
               !complete_example(g, s, MR * tile_width, t == 0, t + rows.positions == p.T,
@@ -232,7 +232,7 @@ struct Cut {
 
 template <class S>
 Cut choose_cut(const Problem<S>& p, bool staged, int64_t threads) {
-  const int64_t MR = kRowPanel, NR = kPanel<S>;
+  const int64_t MR = p.scheme.rows, NR = kPanel<S>;
   const int64_t copies = p.scheme.squares ? 2 : 1;
   const int64_t total_rows = p.B * p.T;
   Cut cut = {};
@@ -344,7 +344,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   p.N = p.swapped ? a.O : a.I;
   p.rows = p.swapped ? x : dy;
   p.columns = p.swapped ? dy : x;
-  p.pack_rows = p.scheme.squares ? pack<In, kRowPanel, true> : pack<In, kRowPanel, false>;
+  p.pack_rows = choose_row_pack<In>(p.scheme);
   p.pack_columns = p.scheme.squares ? pack<In, kPanel<S>, true> : pack<In, kPanel<S>, false>;
   p.add_bias = add_bias<In>;
   p.group = p.scheme.single ? 1 : max(1, kGroup / a.T);

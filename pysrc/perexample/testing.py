@@ -98,10 +98,13 @@ def oracle(
     model = copy.deepcopy(model).to(dtype)
     model.zero_grad()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        return {}
     contributions = []
     with no_moments():
         for b in range(batch):
-            row = [_cast(t[b : b + 1], dtype) for t in tensors]
+            # Contiguous: stock GroupNorm's backward reads a null pointer where a channels_last input needs no gradient.
+            row = [_cast(t[b : b + 1], dtype).contiguous() for t in tensors]
             loss = loss_fn(model(*row), _cast(targets[b : b + 1], dtype))
             grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             scale = 1.0 / batch if reduction == "mean" else 1.0

@@ -348,6 +348,8 @@ class Adam(Optimizer):
             None if grad_scale is None else grad_scale.to(device, non_blocking=True),
             None if found_inf is None else found_inf.to(device, non_blocking=True),
         )
+        # The kernel writes through raw pointers; a graph that saved these parameters has to notice.
+        torch.autograd.graph.increment_version(params)
         if guarded:
             self._note_flags(violations, params)
 
