@@ -94,7 +94,9 @@ def thread_counts() -> list[int]:
 def progress(total: int, what: str) -> tqdm[Any]:
     """A progress bar on stderr; where that is no terminal, one line every ten seconds."""
     quiet = not sys.stderr.isatty()
-    return tqdm(total=total, desc=what, leave=False, mininterval=10 if quiet else 0.1, dynamic_ncols=True, file=sys.stderr)
+    return tqdm(
+        total=total, desc=what, leave=False, mininterval=10 if quiet else 0.1, dynamic_ncols=True, file=sys.stderr
+    )
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, ba
         make,
         lambda stock, ours, op: stock(),
         lambda stock, ours, op: ours(),
-        lambda stock, ours, op: _gate.adam_gate(torch.randn),
+        lambda stock, ours, op: _gate.adam_gate(),
         reach,
         {"op alone": lambda stock, ours, op: op()} if bare else {},
     )

@@ -13,7 +13,14 @@ _stock = torch.ops.aten.convolution_backward
 
 
 def _case(
-    batch: int, channels: int, outputs: int, size: int, kernel: int, stride: int = 1, groups: int = 1, last: bool = False
+    batch: int,
+    channels: int,
+    outputs: int,
+    size: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    last: bool = False,
 ) -> _kernels.Case:
     padding = kernel // 2
     out = (size + 2 * padding - kernel) // stride + 1

@@ -48,7 +48,9 @@ def _group_norm(batch: int, channels: int, size: int, groups: int) -> _kernels.C
         ),
         lambda dy, x, mean, rstd, weight: _ops.group_norm_moments(dy, x, mean, rstd, weight, groups, 1e-5, _ALL),
         lambda dy, x, mean, rstd, weight: _gate.kernel_gate(
-            "group_norm_moments", (dy, x, mean, rstd, weight, groups, 1e-5, _ALL), (dy, x, None, None, weight, groups, 1e-5, _ALL)
+            "group_norm_moments",
+            (dy, x, mean, rstd, weight, groups, 1e-5, _ALL),
+            (dy, x, None, None, weight, groups, 1e-5, _ALL),
         ),
         1.1,
     )

@@ -5,38 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import nn
 
 import perexample as px
 
 from . import _gate, _report, _timing
-from .models import Batch, Workload, loss_fn, workloads
+from .models import Workload, our_optimizer, stock_optimizer, training_step, workloads
 
 TITLE = "Whole training step (zero_grad, forward, backward, step) ÷ stock PyTorch + torch.optim.AdamW(fused=True)"
-
-
-def stock_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-
-def our_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return px.optim.Adam(model.parameters(), lr=1e-6, n_g=1000, n_s=100_000)
-
-
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch]) -> Callable[[int], Any]:
-    """The program to time: one whole step on batch i."""
-
-    def step(i: int) -> None:
-        x, y = batches[i % len(batches)]
-        optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def measure(work: Workload, seconds: float) -> list[_report.Row]:

@@ -1,7 +1,7 @@
-// Register tiles for sums over examples of products and of their squares, and the packing that feeds
-// them. One operand, D, is packed into panels of MR (a few) columns, which become rows of the output,
-// the other, X, into panels of kPanel<S> columns; both run along (example, position), so packing
-// copies rows and transposes nothing. A tile is all pairs of one D panel with one X panel:
+// Register tiles for sums over examples of products and of their squares, and the packing that
+// feeds them. One operand, D, is packed into panels of MR (a few) columns, which become rows of the
+// output, the other, X, into panels of kPanel<S> columns; both run along (example, position), so
+// packing copies rows and transposes nothing. A tile is all pairs of one D panel with one X panel:
 //
 //   G_b[m,n] = sum_t D[b,t,m] X[b,t,n];   g = sum_b G_b;   s = sum_b G_b^2.
 //
@@ -9,7 +9,8 @@
 // s share the register file depends on T and on the number of registers:
 //   T = 1       s is itself a product, of the squares: they are packed behind the operands.
 //   resident    G, g and s all stay in registers: small tiles, no traffic.
-//   paired      two examples' G in registers, g and s in an L1 buffer that is touched once a pair.
+//   drained     G of one or two examples in registers, g and s in an L1 buffer: two for small T, so
+//               that the buffer is touched half as often, one and a taller tile for large T.
 //   single      G alone, for one example or part of it.
 #pragma once
 
@@ -142,8 +143,8 @@ void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S*
   });
 }
 
-template <class S, int MR, int NV, int kUnroll>
-void paired_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
+template <class S, int MR, int NV, int kExamples, int kUnroll>
+void drained_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
   unroll<MR * NV>([&](auto i) PX_LAMBDA {
     store(g + i * lanes<S>, Vec<S>{});
     store(s + i * lanes<S>, Vec<S>{});
@@ -165,8 +166,12 @@ void paired_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s
     });
   };
   int64_t b = 0;
-  for (; b + 2 <= examples; b += 2) add(std::integral_constant<int, 2>{});
-  if (b < examples) add(std::integral_constant<int, 1>{});
+  for (; b + kExamples <= examples; b += kExamples) {
+    add(std::integral_constant<int, kExamples>{});
+  }
+  if constexpr (kExamples == 2) {
+    if (b < examples) add(std::integral_constant<int, 1>{});
+  }
 }
 
 // How one (B, T) is computed: the width of a D panel and the tile for 1 or 2 vectors of an X panel.
@@ -207,9 +212,12 @@ Scheme<S> choose_scheme(int64_t B, int64_t T) {
     return {.rows = kLow,
             .tile = {resident_tile<S, kLow, 1, 4, false>, resident_tile<S, kLow, 2, 4, false>}};
   } else if (T < 8) {
-    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 4>, paired_tile<S, 3, 2, 4>}};
+    return {.rows = 3, .tile = {drained_tile<S, 3, 1, 2, 4>, drained_tile<S, 3, 2, 2, 4>}};
+  } else if (T < 64) {
+    return {.rows = 3, .tile = {drained_tile<S, 3, 1, 2, 8>, drained_tile<S, 3, 2, 2, 8>}};
   } else {
-    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 8>, paired_tile<S, 3, 2, 8>}};
+    return {.rows = kTall,
+            .tile = {drained_tile<S, kTall, 1, 1, 8>, drained_tile<S, kTall, 2, 1, 8>}};
   }
 }
 
@@ -242,9 +250,8 @@ void pack(const Operand& a, const Rows& rows, int64_t column, int64_t columns,
           Accumulator<In>* out) {
   using S = Accumulator<In>;
   constexpr int64_t kRowsAtOnce = 8;
-  const In* data =
-      static_cast<const In*>(a.data) + rows.b * a.stride_b + rows.t * a.stride_t +
-      column * a.stride_column;
+  const In* data = static_cast<const In*>(a.data) + rows.b * a.stride_b + rows.t * a.stride_t +
+                   column * a.stride_column;
   const Grid grid = grid_of(a, rows);
   const int64_t squares = grid.outer * grid.inner * W;
   const int64_t panel_size = kSquares ? 2 * squares : squares;
@@ -253,8 +260,8 @@ void pack(const Operand& a, const Rows& rows, int64_t column, int64_t columns,
       const int64_t t1 = min(grid.inner, t0 + kRowsAtOnce);
       for (int64_t c = 0; c < columns; c += W) {
         S* to = out + c / W * panel_size + (b * grid.inner + t0) * W;
-        const In* from = data + b * grid.outer_stride + t0 * grid.inner_stride +
-                         c * a.stride_column;
+        const In* from =
+            data + b * grid.outer_stride + t0 * grid.inner_stride + c * a.stride_column;
         if (columns - c >= W && a.stride_column == 1) {
           for (int64_t t = t0; t < t1; ++t, from += grid.inner_stride, to += W) {
             if constexpr (W % lanes<S> == 0) {

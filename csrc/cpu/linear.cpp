@@ -21,8 +21,8 @@
 namespace perexample::cpu::PX_CAPABILITY {
 namespace {
 
-constexpr int64_t kGroup = 512;           // rows of packed operands, if T allows
-constexpr int64_t kPackedBytes = 3 << 19; // at most, for the rows operand of one block
+constexpr int64_t kGroup = 512;               // rows of packed operands, if T allows
+constexpr int64_t kPackedBytes = 3 << 19;     // at most, for the rows operand of one block
 constexpr int64_t kStagedElements = 1 << 17;  // of a block that sums in scratch memory
 constexpr int64_t kPanelsAtOnce = 4;
 constexpr int64_t kSmallOutput = 1 << 14;  // elements below which examples are split
@@ -54,8 +54,7 @@ struct Problem {
   Pack<S> pack_rows, pack_columns;
   int64_t group;      // examples packed at once
   int64_t positions;  // of one example packed at once
-  void (*add_bias)(const Operand&, const Rows&, int64_t, int64_t, bool,
-                   S*, S*);
+  void (*add_bias)(const Operand&, const Rows&, int64_t, int64_t, bool, S*, S*);
 };
 
 // One task's part of the output and of the examples.
@@ -176,9 +175,9 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
   const int64_t examples_size = p.scheme.single ? panels * MR * column_panels * NR : 0;
   // Vectors never straddle the parts: kPanel<S> is a multiple of a cache line, or divides one.
   const int64_t columns_start = ceil_div(packed_rows_size, 64) * 64;
-  S* packed_rows = static_cast<S*>(
-      scratch((columns_start + packed_columns_size + examples_size) * static_cast<int64_t>(sizeof(S)),
-              kTaskScratch));
+  S* packed_rows = static_cast<S*>(scratch(
+      (columns_start + packed_columns_size + examples_size) * static_cast<int64_t>(sizeof(S)),
+      kTaskScratch));
   S* packed_columns = packed_rows + columns_start;
   S* examples = packed_columns + packed_columns_size;
   alignas(64) S g[kMaxTileRows * kPanel<S>], s[kMaxTileRows * kPanel<S>];
@@ -270,7 +269,8 @@ void publish(const S* from, int64_t parts, int64_t part_stride, int64_t rows, in
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < columns; ++n) {
       S sum = from[m * columns + n];
-      for (int64_t part = 1; part < parts; ++part) sum += from[part * part_stride + m * columns + n];
+      for (int64_t part = 1; part < parts; ++part)
+        sum += from[part * part_stride + m * columns + n];
       to[m * row_stride + n * column_stride] = narrow<Out>(sum);
     }
   }
@@ -278,8 +278,7 @@ void publish(const S* from, int64_t parts, int64_t part_stride, int64_t rows, in
 
 template <class S>
 void publish(DType type, const S* from, int64_t parts, int64_t part_stride, int64_t rows,
-             int64_t columns, void* to, int64_t offset, int64_t row_stride,
-             int64_t column_stride) {
+             int64_t columns, void* to, int64_t offset, int64_t row_stride, int64_t column_stride) {
   auto as = [&](auto* out) {
     publish(from, parts, part_stride, rows, columns, out + offset, row_stride, column_stride);
   };
@@ -371,8 +370,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
     const int64_t m0 = task % row_blocks * cut.height;
     const int64_t n0 = task / row_blocks % column_blocks * cut.width;
     const int64_t part = task / (row_blocks * column_blocks);
-    const Block block = {m0,           min(p.M, m0 + cut.height),
-                         n0,           min(p.N, n0 + cut.width),
+    const Block block = {m0,           min(p.M, m0 + cut.height),   n0, min(p.N, n0 + cut.width),
                          part * split, min(a.B, (part + 1) * split)};
     const bool bias_block = has_bias && (p.swapped ? m0 : n0) == 0;
     const int64_t bias_offset = p.swapped ? n0 : m0;
@@ -415,9 +413,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   if (splits > 1) publish(a, p.swapped, parts, splits, 0, 0);
 }
 
-int64_t size_of(DType type) {
-  return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
-}
+int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
 void clear(void* data, int64_t elements, DType type) {
   if (data != nullptr) std::memset(data, 0, static_cast<size_t>(elements * size_of(type)));

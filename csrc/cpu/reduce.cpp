@@ -21,17 +21,14 @@ constexpr int64_t kFoldedColumns = 256;  // columns that several short rows make
 constexpr int64_t kTasks = 16;           // tasks to aim at
 constexpr int64_t kTaskSize = 1 << 14;   // elements that are worth a task
 
-// Adds rows that are one example each to the results.
+// Adds rows that are one example each to the results; first to one another, which keeps the error
+// of a long sum small.
 template <class T, class Row>
 void add_examples(int64_t n, int64_t rows, const Row& row, Block<Accumulator<T>>& block) {
   using A = Accumulator<T>;
   each_strip<T>(n, rows, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
     constexpr int V = decltype(vectors)::value;
-    Vec<A> sum[V], square[V];
-    unroll<V>([&](auto v) PX_LAMBDA {
-      sum[v] = load(block.sum + column + v * lanes<A>);
-      square[v] = load(block.sum_sq + column + v * lanes<A>);
-    });
+    Vec<A> sum[V] = {}, square[V] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const T* p = at(r);
       unroll<V>([&](auto v) PX_LAMBDA {
@@ -41,8 +38,9 @@ void add_examples(int64_t n, int64_t rows, const Row& row, Block<Accumulator<T>>
       });
     }
     unroll<V>([&](auto v) PX_LAMBDA {
-      store(block.sum + column + v * lanes<A>, sum[v]);
-      store(block.sum_sq + column + v * lanes<A>, square[v]);
+      int64_t i = column + v * lanes<A>;
+      store(block.sum + i, load(block.sum + i) + sum[v]);
+      store(block.sum_sq + i, load(block.sum_sq + i) + square[v]);
     });
   });
 }
@@ -136,9 +134,9 @@ void run_piece(const Plan& p, const T* dy, int64_t column, int64_t n, int64_t pi
   };
   if (p.T == 1) {
     // Short rows that lie end to end: several of them are taken for one, and folded at last.
-    int64_t folds = p.so == 1 && p.sb == p.O ? kFoldedColumns / n : 1;
+    int64_t folds = p.so == 1 && p.sb == p.O ? kFoldedColumns / p.O : 1;
     if (folds > 1) {
-      for (; b_begin + folds <= b_end;) {
+      while (b_begin + folds <= b_end) {
         int64_t rows = min_of(kBlockRows, (b_end - b_begin) / folds);
         const T* from = dy + b_begin * n;
         add_examples<T>(

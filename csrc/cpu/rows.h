@@ -93,8 +93,8 @@ PX_INLINE void each_strip(int64_t n, int64_t rows, const Row& row, const F& stri
   }
 }
 
-// Adds rows of one example to G, which its first rows start; with its last ones, G and its square
-// go to the results.
+// Adds rows of one example, summed first, to G, which its first rows start; with its last ones, G
+// and its square go to the results.
 template <class T, class Row>
 void add_rows(int64_t n, int64_t rows, const Row& row, bool first, bool last,
               Block<Accumulator<T>>& block) {
@@ -102,13 +102,13 @@ void add_rows(int64_t n, int64_t rows, const Row& row, bool first, bool last,
   each_strip<T>(n, rows, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
     constexpr int V = decltype(vectors)::value;
     Vec<A> g[V] = {};
-    if (!first) unroll<V>([&](auto v) PX_LAMBDA { g[v] = load(block.G + column + v * lanes<A>); });
     for (int64_t r = 0; r < rows; ++r) {
       const T* p = at(r);
       unroll<V>([&](auto v) PX_LAMBDA { g[v] += load_wide(p + v * lanes<A>); });
     }
     unroll<V>([&](auto v) PX_LAMBDA {
       int64_t i = column + v * lanes<A>;
+      if (!first) g[v] += load(block.G + i);
       if (last) {
         store(block.sum + i, load(block.sum + i) + g[v]);
         store(block.sum_sq + i, load(block.sum_sq + i) + g[v] * g[v]);

@@ -18,7 +18,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Moment:
         self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses, where Python can't (`_leaves`)
         self.live = False
         self.version = -1  # of p.grad, when this library last saw it
-        self.base: Tensor | None = None
+        self.base: Base | None = None
         self.handles: list[Any] = []
         self.name = ""
         self.examples = examples
@@ -172,6 +172,13 @@ class Moment:
         return self.leaf.grad if self.live and self.leaf is not None else None
 
 
+class Base(NamedTuple):
+    """What the count stood at when some gradients were cleared while others went on accumulating."""
+
+    total: Tensor
+    rounds: int
+
+
 class ExampleCount:
     """Counts the examples backpropagated through one model, and knows the forward pass under way."""
 
@@ -239,7 +246,8 @@ class ExampleCount:
         cleared, changed = [], []
         for moment in self.alive() if candidates is None else candidates:
             if moment.live:
-                p = moment.parameter
+                owner = moment.owner()  # spelled out: this runs for every parameter in every step
+                p = None if owner is None else owner._parameters.get(moment.parameter_name)
                 grad = None if p is None else p.grad
                 if grad is None:
                     cleared.append(moment)
@@ -267,7 +275,7 @@ class ExampleCount:
         if not dropped:
             return
         if self.alive():
-            base = None if self.total is None else self.total.clone()
+            base = None if self.total is None else Base(self.total.clone(), self.rounds)
             for moment in dropped:
                 moment.base = base
         else:
@@ -282,6 +290,9 @@ class ExampleCount:
             moment = ref()
             if moment is not None:
                 moment.base = None
+
+    def rounds_since(self, base: Base | None) -> int:
+        return self.rounds - (0 if base is None else base.rounds)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """What `autograd.count_examples` takes: the leaves of the examples and of the passes."""

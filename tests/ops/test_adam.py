@@ -6,21 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opchecks import (
-    DTYPES,
-    both,
-    check_tensor,
-    every_dtype,
-    implementation,
-    kernel,
-    needs_extension,
-    relaid,
-    wide,
-)
+from opchecks import DTYPES, both, check_tensor, every_dtype, implementation, kernel, needs_extension, relaid, wide
 
 from perexample.ops import adam_step_
 
 SIZES = ((1,), (3,), (7, 9), (64,), (65,), (5, 0), (511,), (1025,), (313, 321), ())
+LISTS = ("params", "grads", "sums", "exp_avgs", "exp_avg_sqs")
 SCALARS = dict(batch_size=6.0, lr=1e-3, n_g=20.0, n_s=100.0)
 
 
@@ -51,7 +42,7 @@ class Group:
     def map(self, change):
         """Another group whose tensors are changed one by one, into new memory."""
         other = Group(())
-        for name in ("params", "grads", "sums", "exp_avgs", "exp_avg_sqs"):
+        for name in LISTS:
             setattr(other, name, [change(t) for t in getattr(self, name)])
         other.seen, other.violations = self.seen.clone(), self.violations.clone()
         return other
@@ -149,7 +140,7 @@ def test_options_equal_the_transcription(which, options, per_batch):
 def test_mixed_dtypes_in_one_call(which):
     groups = [Group(((3,), (40, 5), (2000,)), dtype, grad) for dtype in DTYPES for grad in (dtype, torch.float32)]
     joined = Group(())
-    for name in ("params", "grads", "sums", "exp_avgs", "exp_avg_sqs"):
+    for name in LISTS:
         setattr(joined, name, [t for group in groups for t in getattr(group, name)])
     count = len(joined.params)
     joined.seen, joined.violations = torch.zeros(count).double(), torch.zeros(count).int()
@@ -239,7 +230,7 @@ def channels_last(tensor):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "stepped", "offset"])
-@pytest.mark.parametrize("moved", [("params",), ("grads",), ("params", "grads", "sums", "exp_avgs", "exp_avg_sqs")], ids=str)
+@pytest.mark.parametrize("moved", [("params",), ("grads",), LISTS], ids=str)
 def test_any_memory_layout(which, dtype, layout, moved):
     sizes = ((4, 6, 3, 5), (40, 30), (1, 8, 1, 1))
     plain = Group(sizes, dtype)
@@ -364,7 +355,11 @@ WRONG = [
         "grads[0] and params[0] must be floating, got torch.int32, torch.float32",
     ),
     ({"exp_avgs": [torch.ones(3).half()]}, TypeError, "exp_avgs[0] must be torch.float32, got torch.float16"),
-    ({"sums_grad_squared": [torch.ones(3).double()]}, TypeError, "sums_grad_squared[0] must be torch.float32, got torch.float64"),
+    (
+        {"sums_grad_squared": [torch.ones(3).half()]},
+        TypeError,
+        "sums_grad_squared[0] must be torch.float32, got torch.float16",
+    ),
     (
         {"examples_seen": torch.zeros(1)},
         ValueError,
@@ -385,7 +380,7 @@ def test_errors_say_what_was_expected_and_what_came(changes, error, message):
 @pytest.mark.parametrize(
     "changes",
     [row[0] for row in WRONG if "got (1, 3)" not in row[2]]  # as many elements: harmless
-    + [{"batch_size": torch.ones(2)}, {"lr": torch.ones(0)}, {"found_inf": torch.zeros(2)}, {"grad_scale": torch.ones(0)}],
+    + [{name: torch.ones(size)} for name in ("batch_size", "lr", "found_inf", "grad_scale") for size in (0, 2)],
     ids=lambda value: None,
 )
 def test_direct_call_with_wrong_arguments_raises_and_changes_nothing(changes):

@@ -110,9 +110,7 @@ def test_repeats_within_an_example_add_before_they_are_squared_and_between_examp
 def test_order_of_examples_does_not_matter():
     dy, indices = torch.randint(-4, 5, (50, 20, 9)).float(), torch.randint(11, (50, 20))
     order = torch.randperm(50)
-    for a, e in zip(
-        embedding_moments(dy[order], indices[order], 11), embedding_moments(dy, indices, 11), strict=True
-    ):
+    for a, e in zip(embedding_moments(dy[order], indices[order], 11), embedding_moments(dy, indices, 11), strict=True):
         assert torch.equal(a, e)
 
 

@@ -86,9 +86,7 @@ def check(which, dy, x, groups, weight=None, saved=True, eps=1e-5, mask=(True, T
         bias = torch.zeros(size, dtype=d, requires_grad=True)
         return torch.autograd.grad(forward(x_b, groups, w, bias, eps), (x_b, w, bias), dy[b : b + 1].to(d))
 
-    expected, stock = (
-        [backward(b, d) for b in range(x.shape[0])] for d in (torch.float64, wide(x.dtype))
-    )
+    expected, stock = ([backward(b, d) for b in range(x.shape[0])] for d in (torch.float64, wide(x.dtype)))
     if mask[0]:
         wanted = [
             torch.cat([row[0] for row in rows] or [torch.empty(x.shape, dtype=d)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..moments import ExampleCount, Moment, accumulate_dtype, moment_of
+from ..moments import Base, ExampleCount, Moment, accumulate_dtype, moment_of
 
 __all__ = ["Adam"]
 
@@ -22,7 +22,8 @@ class _Bucket(NamedTuple):
 
     group: dict[str, Any]
     examples: ExampleCount | None
-    batch_size: Tensor | None
+    batch_size: Tensor
+    rounds: int  # backward passes that the gradients were accumulated over
     params: list[Tensor]
     grads: list[Tensor]
     sums: list[Tensor]
@@ -210,38 +211,31 @@ class Adam(Optimizer):
 
     def _collect(self, batch_size: Tensor | None) -> list[_Bucket]:
         """Sort the parameters into buckets; raises before anything is changed."""
-        counts = {
-            id(moment.examples): moment.examples
-            for group in self.param_groups
-            for p in group["params"]
-            if (moment := moment_of(p)) is not None
-        }
+        moments = [[moment_of(p) for p in group["params"]] for group in self.param_groups]
+        counts = {id(m.examples): m.examples for row in moments for m in row if m is not None}
         for count in counts.values():
             count.drop_cleared()
         buckets: dict[tuple[Any, ...], _Bucket] = {}
-        for number, group in enumerate(self.param_groups):
+        for number, (group, row) in enumerate(zip(self.param_groups, moments, strict=True)):
             per_example = group["second_moment"] == "per_example"
-            for p in group["params"]:
+            for p, moment in zip(group["params"], row, strict=True):
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided:
+                if grad.is_sparse:
                     raise RuntimeError(
                         f"{type(self).__name__}: {self._name_of(p, group)} has a sparse gradient; use a dense one"
                     )
-                moment = moment_of(p)
-                second = None
-                if per_example:
-                    second = self._second_moment(p, grad, moment, group)
-                    if second is None:
-                        continue
-                examples = None if moment is None else moment.examples
-                base = None if moment is None else moment.base
+                second = self._second_moment(p, grad, moment, group) if per_example else None
+                if per_example and second is None:
+                    continue
+                examples, base = (None, None) if moment is None else (moment.examples, moment.base)
                 key = (number, p.device, id(examples), id(base))
                 bucket = buckets.get(key)
                 if bucket is None:
                     total = batch_size if batch_size is not None else self._counted(p, group, examples, base)
-                    bucket = buckets[key] = _Bucket(group, examples, total, [], [], [])
+                    rounds = 1 if examples is None else examples.rounds_since(base)
+                    bucket = buckets[key] = _Bucket(group, examples, total, rounds, [], [], [])
                 bucket.params.append(p)
                 bucket.grads.append(grad)
                 if second is not None:
@@ -249,51 +243,46 @@ class Adam(Optimizer):
         if not buckets and any(count.forward_pending for count in counts.values()):
             raise RuntimeError(
                 f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter "
-                "has a gradient; "
-                f"call loss.backward() before step()"
+                f"has a gradient; call loss.backward() before step()"
             )
         self._warn_beyond_horizon(batch_size, buckets.values())
         return list(buckets.values())
 
     def _second_moment(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> Tensor | None:
-        if moment is not None and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
-            if moment.used_again():
-                raise RuntimeError(
-                    f"{type(self).__name__}.step: {self._name_of(p, group)} was used more than once in one forward "
-                    "pass: its uses have "
-                    "to be added per example before squaring, which is not supported yet; use a layer of its own "
-                    "for each call"
-                )
-            return moment.leaf.grad
+        if moment is not None and moment.live and moment.leaf is not None:
+            second = moment.leaf.grad
+            if second is not None:
+                if moment.used_again():
+                    raise RuntimeError(
+                        f"{type(self).__name__}.step: {self._name_of(p, group)} was used more than once in one forward "
+                        f"pass: its uses have to be added per example before squaring, which is not supported yet; use "
+                        f"a layer of its own for each call"
+                    )
+                return second
         if moment is not None and not bool(grad.any()):
             return None  # zero_grad(set_to_none=False), and no gradient since
         raise RuntimeError(
             f"{type(self).__name__}.step: {self._name_of(p, group)} has a gradient but no second moment: its forward "
-            "pass ran in eval "
-            "mode, under px.no_moments(), or outside of the layer that owns it (F.linear on its weight, say); run "
-            "the layer itself "
-            f"in training mode"
+            f"pass ran in eval mode, under px.no_moments(), or outside of the layer that owns it (F.linear on its "
+            f"weight, say); run the layer itself in training mode"
         )
 
-    def _counted(self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Tensor | None) -> Tensor:
+    def _counted(self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Base | None) -> Tensor:
         total = None if examples is None else examples.total
         if examples is not None and examples.uncounted and total is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the "
-                "converted model as well as "
-                "inside, so its examples were not all counted; convert the part that is called by itself "
-                "(px.convert(model.part)), "
-                f"or pass step(batch_size=...)"
+                f"converted model as well as inside, so its examples were not all counted; convert the part that is "
+                f"called by itself (px.convert(model.part)), or pass step(batch_size=...)"
             )
         if total is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward "
-                "pass did not go through "
-                "the output of a converted model (a sub-module was called directly, or px.convert was not); call "
-                "the model that "
-                f"was converted, convert the part that is called (px.convert(model.part)), or pass step(batch_size=...)"
+                f"pass did not go through the output of a converted model (a sub-module was called directly, or "
+                f"px.convert was not); call the model that was converted, convert the part that is called "
+                f"(px.convert(model.part)), or pass step(batch_size=...)"
             )
-        return total if base is None else total - base
+        return total if base is None else total - base.total
 
     def _warn_beyond_horizon(self, batch_size: Tensor | None, buckets: Iterable[_Bucket]) -> None:
         """MATHS (12): beyond N nothing is averaged, and batch-size invariance ends. Said once, from host values."""
@@ -325,7 +314,6 @@ class Adam(Optimizer):
         guarded = group["guard"] and bucket.sums
         violations = torch.zeros(len(params), dtype=torch.int32, device=device)
         lr = group["lr"]
-        assert bucket.batch_size is not None
         torch.ops.perexample.adam_step_(
             params,
             bucket.grads,
@@ -344,7 +332,7 @@ class Adam(Optimizer):
             float(group["weight_decay"]),
             group["loss_reduction"] == "mean",
             group["maximize"],
-            0 if not guarded or bucket.examples is None else max(1, bucket.examples.rounds),
+            max(1, bucket.rounds) if guarded else 0,
             None if grad_scale is None else grad_scale.to(device, non_blocking=True),
             None if found_inf is None else found_inf.to(device, non_blocking=True),
         )

@@ -1,0 +1,200 @@
+"""The ops on a library of tests/kernels/shim.cpp, in place of the public functions.
+
+`python flat.py LIBRARY ARGUMENTS-OF-PYTEST`. Every call runs three times, with tasks in order, in reverse, and on two threads, and must give the same bits; outputs
+lie between guards. It ends by asserting that every op was cut into several tasks at least once.
+"""
+
+import ctypes
+import math
+import sys
+
+import pytest
+import torch
+
+from perexample import ops
+from perexample.ops.adam import _guard_slack
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+GUARD = 16
+most_tasks = {}
+library = None
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Outputs:
+    """Outputs full of NaN, between guards of NaN."""
+
+    def __init__(self):
+        self.bases, self.tensors = [], []
+
+    def new(self, wanted, shape, dtype):
+        shape = shape if wanted else (0,)
+        numel = math.prod(shape)
+        self.bases.append(torch.full((numel + 2 * GUARD,), math.nan, dtype=dtype))
+        self.tensors.append(self.bases[-1][GUARD : GUARD + numel].view(shape))
+        return self.tensors[-1].data_ptr() if wanted else None
+
+    def moments(self, wanted, shape, dtype, inputs):
+        return [self.new(wanted, shape, dtype), self.new(wanted, shape, wide(inputs))]
+
+    def check(self):
+        for base in self.bases:
+            assert base[:GUARD].isnan().all(), "written before an output"
+            assert base[-GUARD:].isnan().all(), "written behind an output"
+
+
+def call(name, integers, pointers, reals, threads, order):
+    n, p = (ctypes.c_int64 * len(integers))(*integers), (ctypes.c_void_p * len(pointers))(*pointers)
+    tasks = library.px_call(name.encode(), n, p, (ctypes.c_double * len(reals))(*reals), threads, order)
+    assert tasks >= 0, f"{name}: {-tasks} bytes written behind scratch memory"
+    most_tasks[name] = max(most_tasks.get(name, 0), tasks)
+
+
+RUNS = ((1, 0), (2, 1), (2, 2))  # threads, order of the tasks
+
+
+def thrice(name, prepare):
+    """`prepare(outputs)` gives integers, pointers and reals, and reserves the outputs."""
+    results = []
+    for threads, order in RUNS:
+        outputs = Outputs()
+        call(name, *prepare(outputs), threads, order)
+        outputs.check()
+        results.append(outputs.tensors)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), f"{name}: bits differ"
+    return tuple(results[0])
+
+
+def linear_moments(dy, x, bias=False, dtype=None):
+    def prepare(out):
+        dims = (dy.shape[2], x.shape[2])
+        pointers = [dy.data_ptr(), x.data_ptr()]
+        pointers += out.moments(True, dims, dtype or dy.dtype, dy.dtype)
+        pointers += out.moments(bias, dims[:1], dtype or dy.dtype, dy.dtype)
+        code = [CODES[dy.dtype]]
+        return [*dy.shape[:2], *dims, *code, *dy.stride(), *x.stride(), CODES[dtype or dy.dtype]], pointers, []
+
+    return thrice("linear_moments", prepare)
+
+
+def conv_moments(dy, x, kernel_size, stride, padding, dilation, groups=1, bias=False, dtype=None):
+    def three(values, fill):
+        return [fill] * (5 - dy.dim()) + list(values)
+
+    def prepare(out):
+        shape = (dy.shape[1], x.shape[1] // groups, *kernel_size)
+        pointers = [dy.data_ptr(), x.data_ptr()]
+        pointers += out.moments(True, shape, dtype or dy.dtype, dy.dtype)
+        pointers += out.moments(bias, shape[:1], dtype or dy.dtype, dy.dtype)
+        integers = [dy.shape[0], x.shape[1], dy.shape[1], groups]
+        for values, fill in (
+            (x.shape[2:], 1), (dy.shape[2:], 1), (kernel_size, 1), (stride, 1), (padding, 0), (dilation, 1)
+        ):  # fmt: skip
+            integers += three(values, fill)
+        integers.append(CODES[dy.dtype])
+        for t in (dy, x):
+            integers += [*t.stride()[:2], *three(t.stride()[2:], 0)]
+        return [*integers, CODES[dtype or dy.dtype]], pointers, []
+
+    return thrice("conv_moments", prepare)
+
+
+def bias_moments(dy, dtype=None):
+    def prepare(out):
+        pointers = [dy.data_ptr(), *out.moments(True, dy.shape[2:], dtype or dy.dtype, dy.dtype)]
+        return [*dy.shape, CODES[dy.dtype], *dy.stride(), CODES[dtype or dy.dtype]], pointers, []
+
+    return thrice("bias_moments", prepare)
+
+
+def reduce_moments(grad, dtype=None):
+    g = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
+
+    def prepare(out):
+        pointers = [g.data_ptr(), *out.moments(True, grad.shape[1:], dtype or g.dtype, g.dtype)]
+        return [*g.shape, CODES[g.dtype], *g.stride(), CODES[dtype or g.dtype]], pointers, []
+
+    return thrice("reduce_moments", prepare)
+
+
+def embedding_moments(dy, indices, num_embeddings, padding_idx=-1, dtype=None):
+    indices = indices.long()
+
+    def prepare(out):
+        pointers = [dy.data_ptr(), indices.data_ptr()]
+        pointers += out.moments(True, (num_embeddings, dy.shape[2]), dtype or dy.dtype, dy.dtype)
+        sizes = [*dy.shape[:2], num_embeddings, dy.shape[2], CODES[dy.dtype]]
+        return [*sizes, *dy.stride(), *indices.stride(), padding_idx, CODES[dtype or dy.dtype]], pointers, []
+
+    return thrice("embedding_moments", prepare)
+
+
+def norm_moments(name, dy, x, mean, rstd, weight, groups, size, eps, mask):
+    dy, x, mean, rstd, weight = (None if t is None else t.contiguous() for t in (dy, x, mean, rstd, weight))
+    grad_dtype = dy.dtype if weight is None else weight.dtype
+
+    def prepare(out):
+        pointers = [None if t is None else t.data_ptr() for t in (dy, x, mean, rstd, weight)]
+        pointers.append(out.new(mask[0], dy.shape, dy.dtype))
+        for wanted in mask[1:]:
+            pointers += out.moments(wanted, (size,), grad_dtype, dy.dtype)
+        return [*dy.shape, *groups, CODES[dy.dtype], CODES[grad_dtype]], pointers, [eps]
+
+    return thrice(name, prepare)
+
+
+def layer_norm_moments(dy, x, mean, rstd, weight, eps=1e-5, output_mask=(True, True, True)):
+    return norm_moments("layer_norm_moments", dy, x, mean, rstd, weight, [], dy.shape[2], eps, output_mask)
+
+
+def group_norm_moments(dy, x, mean, rstd, weight, groups, eps=1e-5, output_mask=(True, True, True)):
+    return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [groups], dy.shape[1], eps, output_mask)
+
+
+def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violations, *, batch_size, lr, n_g, n_s,
+               eps, weight_decay, mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip
+    """Only what is contiguous, and one dtype of gradients: the launcher in csrc/bindings.cpp arranges the rest."""
+    batch = float(batch_size)
+    inverse = 1.0 if grad_scale is None else 1 / float(grad_scale)
+    scalars = [batch, inverse / (1 if mean_reduction else batch) * (-1 if maximize else 1)]
+    scalars += [inverse**2 * (batch if mean_reduction else 1 / batch), batch * float(lr), weight_decay, eps]
+    slack = float(_guard_slack(grads[0].dtype, torch.tensor(batch), guard_rounds)) if grads else 0.0
+    before = [t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)]
+    results = []
+    for threads, order in RUNS:
+        for t, old in zip((*params, *exp_avgs, *exp_avg_sqs, violations), before, strict=True):
+            t.copy_(old)
+        integers, pointers, reals = [len(params)], [], []
+        for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+            assert all(t.is_contiguous() for t in (p, g, m, v))
+            integers += [p.numel(), CODES[p.dtype], CODES[g.dtype], CODES[m.dtype]]
+            flag = violations.data_ptr() + 4 * i if sums and guard_rounds else None
+            arrays = (p, g, sums[i] if sums else None, m, v)
+            pointers += [*(None if t is None else t.data_ptr() for t in arrays), flag]
+            reals += [min(1.0, batch / min(float(examples_seen[i]) + batch, n)) for n in (n_g, n_s)]
+        call("adam_step_", integers, pointers, [*reals, *scalars, slack, slack], threads, order)
+        results.append([t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), "adam_step_: bits differ"
+    examples_seen += batch
+
+
+def main():
+    global library
+    library = ctypes.CDLL(sys.argv[1])
+    library.px_call.restype = ctypes.c_int64
+    library.px_call.argtypes = (ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
+    for name in ops.OPS:
+        setattr(ops, name, globals()[name])
+    status = pytest.main(sys.argv[2:])
+    few = [name for name in ops.OPS if most_tasks.get(name, 0) < 2]
+    assert status or not few, f"never cut into several tasks: {few}"
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

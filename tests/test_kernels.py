@@ -1,0 +1,98 @@
+"""The CPU kernels of every capability, and what their object files may not share."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from perexample import _extension
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for path in (ROOT / "csrc/cpu").glob("*.cpp") if path.stem != "capability")
+CXX = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+INFO = _extension.info()
+CAPABILITIES = INFO.capabilities() if INFO else []
+# Of the tests of the ops: those that go by the public function, or by what stands in for it, to a kernel.
+NUMERICAL = (
+    "public and (cases_equal or equals_the_loop or memory_layout or expanded or several or another_dtype or empty"
+    " or output_mask or transcription or constant) or around"
+)
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "tests/ops"]
+
+
+def python(*arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(INFO is None, reason="the C++ kernels are not built: the reference serves every op")
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != INFO.capability()])
+def test_every_capability_of_this_machine_passes_the_tests_of_the_ops(capability):
+    # The best one is what all other tests run on.
+    code = (
+        "import sys, pytest, perexample._extension as e; assert e.info().capability() == sys.argv[1];"
+        "sys.exit(pytest.main(sys.argv[2:]))"
+    )
+    assert " passed" in python("-c", code, capability, *PYTEST, "-k", NUMERICAL, PEREXAMPLE_CPU_CAPABILITY=capability)
+
+
+@pytest.fixture(scope="module")
+def wide_objects(tmp_path_factory):
+    """The kernels for 64-byte vectors, as AVX-512 has them, on any machine with AVX2: name -> object file."""
+    if not CXX:
+        pytest.skip("no C++ compiler here")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the stand-in for AVX-512 needs AVX2: this is no x86")
+    folder = tmp_path_factory.mktemp("wide")
+    flags = (
+        "-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi"
+        " -mavx2 -mfma -mf16c -DPX_CAPABILITY=wide -DPX_VECTOR_BYTES=64 -Icsrc/cpu"
+    ).split()
+    objects = {path.stem: folder / f"{path.stem}.o" for path in [*SOURCES, ROOT / "tests/kernels/shim.cpp"]}
+
+    def compile_one(path):
+        command = [*CXX, *flags, "-c", str(path), "-o", str(objects[path.stem])]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(compile_one, [*SOURCES, ROOT / "tests/kernels/shim.cpp"]):
+            assert result.returncode == 0, result.stderr[-3000:]
+    return objects
+
+
+def test_kernels_for_64_byte_vectors_pass_the_tests_of_the_ops(wide_objects):
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or " avx2 " not in cpuinfo.read_text():
+        pytest.skip("this machine has no AVX2, or does not say so")
+    library = wide_objects["shim"].with_name("libwide.so")
+    objects = [str(path) for path in wide_objects.values()]
+    subprocess.run([*CXX, "-shared", *objects, "-o", str(library), "-pthread"], check=True)
+    # The launcher's own arrangements, which the stand-in for it does not know.
+    without = "not (test_adam and (memory_layout or expanded or mixed))"
+    assert " passed" in python("tests/kernels/flat.py", str(library), *PYTEST, "-k", f"({NUMERICAL}) and {without}")
+
+
+def weak_symbols(path, capability):
+    """Symbols that the linker may replace by another object's, unless their own name says the capability."""
+    listing = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout
+    weak = [line for line in listing.splitlines() if line[17:18] in ("W", "V", "u", "w", "v")]
+    # Undefined weak symbols, and the exception tables' references to the runtime, carry no code.
+    return [line for line in weak if f"cpu::{capability}::" not in line and line[17] in "WVu" and "DW.ref." not in line]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
+def test_no_capability_leaves_code_that_another_could_be_linked_to(wide_objects):
+    # An inline function compiled with AVX-512, if the linker chose it for all, would be an illegal instruction elsewhere.
+    leaks = {name: weak_symbols(path, "wide") for name, path in wide_objects.items() if name != "shim"}
+    assert not any(leaks.values()), leaks
+    for path in (ROOT / "build").glob("*.*.o"):
+        assert not weak_symbols(path, path.name.split(".")[1]), path
