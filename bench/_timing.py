@@ -33,8 +33,8 @@ class Ratio(NamedTuple):
 def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: float, least_rounds: int = 7) -> Ratio:
     """Time `stock` and `ours` in turns for about `seconds`.
 
-    Each is called with a running number, by which it may rotate its inputs. A turn of ours is held against the mean of the
-    turns of stock before and after it, so that neither a drift of the clock nor the order favours one.
+    Each is called with a running number, by which it may rotate its inputs. A turn of ours is held against the mean
+    of the turns of stock before and after it, so that neither a drift of the clock nor the order favours one.
     """
     counter = 0
 
@@ -69,10 +69,11 @@ def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: fl
 
 
 def rotation(make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """So many sets of inputs that walking through them empties the caches (at most 8; one where that would be few GB)."""
+    """So many sets of inputs that walking through them empties the caches, at most 8."""
     first = make()
     size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
-    return [first, *(make() for _ in range(min(7, LARGER_THAN_CACHE // max(1, size))))]
+    more = min(7, LARGER_THAN_CACHE // size) if size else 0
+    return [first, *(make() for _ in range(more))]
 
 
 @contextlib.contextmanager

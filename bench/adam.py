@@ -47,14 +47,14 @@ def gradients(model: nn.Module, x: Tensor) -> None:
             p.sum_grad_squared.copy_(p.grad.square())
 
 
-def _programs(model: nn.Module, x: Tensor) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]:
-    """Stock's step, ours, and our op by itself; the gradients stay from step to step."""
+def _programs(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    """Stock's step, ours, our op by itself, and the model, which has to live; the gradients stay from step to step."""
     converted = px.convert(copy.deepcopy(model))
     gradients(model, x)
     gradients(converted, x)
     stock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ours = px.optim.Adam(converted.parameters(), lr=1e-5, n_g=10, n_s=1000)
-    return stock.step, ours.step, _bare(converted)
+    return stock.step, ours.step, _bare(converted), converted
 
 
 def _bare(model: nn.Module) -> Callable[[], Any]:
@@ -69,24 +69,21 @@ def _bare(model: nn.Module) -> Callable[[], Any]:
 
 
 def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, bare: bool) -> _kernels.Case:
-    def make() -> tuple[Any, ...]:
-        return _programs(build(), x)
-
     return _kernels.Case(
         name,
-        make,
-        lambda stock, ours, op: stock(),
-        lambda stock, ours, op: ours(),
-        lambda stock, ours, op: _gate.adam_gate(),
+        lambda: _programs(build(), x),
+        lambda stock, ours, op, model: stock(),
+        lambda stock, ours, op, model: ours(),
+        lambda stock, ours, op, model: _gate.adam_gate(),
         reach,
-        {"op alone": lambda stock, ours, op: op()} if bare else {},
+        {"op alone": lambda stock, ours, op, model: op()} if bare else {},
     )
 
 
 def cases(full: bool) -> list[_kernels.Case]:
     """Many tiny tensors, and GPT-2's parameters where memory allows."""
     tiny = _case("2,000 tensors of 4 to 16", lambda: Parallel(1000, 4), torch.randn(2, 4), 0.1, bare=True)
-    middle = _case("5.8 M in 6 tensors", lambda: _three_layers(), torch.randn(2, 784), 1.15, bare=full)
+    middle = _case("5.8 M in 6 tensors", _three_layers, torch.randn(2, 784), 1.15, bare=full)
     large = _case("124 M in 148 tensors", GPT2, torch.randint(50257, (2, 4)), 1.15, bare=True)
     return [tiny, *([middle] if full else []), *([large] if _free_memory() > 10 << 30 else [])]
 

@@ -23,7 +23,7 @@ BATCH_SIZES = (1, 4, 16, 64, 256)
 EXAMPLES = 20_480
 EVERY = 256  # examples between two looks at the test loss
 N_G, N_S = 640, 6_400
-RATE = 1e-4
+RATE = 1e-3
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 PER_EXAMPLE, PER_BATCH, SQUARE_ROOT = "per-example squares", "per-batch squares", "per-batch squares, η ∝ √B"
@@ -141,16 +141,20 @@ def draw(curves: list[Curve]) -> None:
             panel.set_xscale("log")
             ticks = [256, 1024, 4096, EXAMPLES]
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            panel.minorticks_off()
             panel.set_xlim(EVERY * 0.93, EXAMPLES * 1.07)
-            panel.set_ylim(bottom=0)
+            panel.set_yscale("log")
+            panel.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
             panel.grid(color="#dddddd", linewidth=0.7)
             panel.set_axisbelow(True)
+            panel.minorticks_off()
             panel.set_xlabel(f"examples seen\n\nspread of the final loss over B: {spread(chosen):.3f}")
         panels[0].set_ylabel("test loss")
         handles = [plt.Line2D([], [], color=shade, linewidth=3.5) for shade in shades]
         labels = [f"B = {batch}" for batch in BATCH_SIZES]
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, columnspacing=2.2)
+        same = f"digits, MLP 64-48-10; at every B: η₀ = {RATE:g}, N⁰$_g$ = {N_G:,}, N⁰$_s$ = {N_S:,}"
+        figure.legend(
+            handles, labels, title=same, loc="outside upper center", ncols=len(labels), frameon=False, columnspacing=2.2
+        )
         _report.RESULTS.mkdir(exist_ok=True)
         figure.savefig(_report.RESULTS / "invariance.png", dpi=160)
         plt.close(figure)
@@ -165,9 +169,9 @@ def table(full: bool) -> list[_report.Row]:
         for rule in rules:
             chosen = [curve for curve in curves if curve.rule == rule and curve.rate == rate]
             final = {str(curve.batch): curve.loss[-1] for curve in chosen}
-            rows.append(
-                {"rule": rule, "rate": rate, "n_g": N_G, "n_s": N_S, "final_loss": final, "spread": spread(chosen)}
-            )
+            loss = {str(curve.batch): [round(value, 5) for value in curve.loss] for curve in chosen}
+            about = {"rule": rule, "rate": rate, "n_g": N_G, "n_s": N_S, "every": EVERY}
+            rows.append({**about, "spread": spread(chosen), "final_loss": final, "loss": loss})
     _report.print_table(
         f"{TITLE}: final test loss",
         ("second moment", "η₀", *(f"B={batch}" for batch in BATCH_SIZES), "spread"),

@@ -188,3 +188,8 @@ def workloads(full: bool) -> list[Workload]:
         _mlp((64, 512, 512, 10), 32),
     ]
     return small + large if full else small
+
+
+def peer_workloads() -> list[Workload]:
+    """Small ones, since the peers are slow."""
+    return [_gpt(256, 2, 64, 8), _resnet((32, 64), 1, 8), _mlp((784, 512, 512, 10), 32)]

@@ -8,9 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
+#include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <mutex>
@@ -128,8 +133,25 @@ Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
   return Tensor(handle);
 }
 
+// Gradients and second moments of large parameters are new memory in every step, and what a write
+// to new memory costs is the page faults: ask for huge pages, where the system grants them on
+// request.
+void want_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  if (bytes < static_cast<int64_t>(2 * huge)) return;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / huge * huge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
+#endif
+}
+
 Tensor empty(const Shape& shape, DType dtype) {
-  return empty_strided(shape, contiguous_strides(shape), code(dtype));
+  Tensor tensor = empty_strided(shape, contiguous_strides(shape), code(dtype));
+  int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  for (int64_t size : shape) bytes *= size;
+  want_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 // A gradient and its second moment; without elements, and null to the kernels, if not wanted.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import perexample as px
+from perexample.testing import assert_moments, oracle
 
 
 class Net(nn.Module):
@@ -89,4 +93,31 @@ def train_step(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tenso
     """One step of cross entropy."""
     F.cross_entropy(model(x), y).backward()
     opt.step(**options)
+    opt.zero_grad()
+
+
+def converted_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
+    """`Net`, converted, with parameters drawn from `seed`."""
+    torch.manual_seed(seed)
+    return px.convert(Net().to(dtype))
+
+
+X, Y = randn(6, 5), randn(6, 3, seed=1)
+
+
+def raises(error, message):
+    """The error with this message, the whole of it."""
+    return pytest.raises(error, match=f"^{re.escape(message)}$")
+
+
+def assert_nothing_lost(model, opt=None, x=X, y=Y):
+    """A step after the error is the step that there would have been without it."""
+    opt = opt or adam(model)
+    seen = {p: opt.state[p]["examples"].item() if p in opt.state else 0 for p in model.parameters()}
+    opt.zero_grad()
+    expected = oracle(model, half_square_mean, x, y)
+    backward(model, x, target=y)
+    assert_moments(model, expected)
+    opt.step()
+    assert all(opt.state[p]["examples"].item() == n + len(x) for p, n in seen.items())
     opt.zero_grad()

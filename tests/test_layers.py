@@ -64,7 +64,9 @@ def check(layer, x, target, loss_fn=weighted_sum):
     """Output, input gradient and moments of our version of `layer`."""
     dtype = layer.weight.dtype
     expected = oracle(layer, loss_fn, x.detach(), target, reduction="sum")
-    stock = expected if dtype == torch.float64 else oracle(layer, loss_fn, x.detach(), target, reduction="sum", dtype=dtype)
+    stock = (
+        expected if dtype == torch.float64 else oracle(layer, loss_fn, x.detach(), target, reduction="sum", dtype=dtype)
+    )
     results = []
     for module in (copy.deepcopy(layer).double(), copy.deepcopy(layer), ours(layer)):
         cast = x.detach().to(module.weight.dtype) if x.is_floating_point() else x
@@ -183,7 +185,9 @@ def test_autocast_moments_within_budget_and_gradients_float32(case):
 
 def test_autocast_of_a_model_whose_norm_sees_bfloat16():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+    model = nn.Sequential(
+        nn.Conv1d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4)
+    )
     px.convert(model)
     x, target = randn(5, 3, 8, dtype=torch.float32), randn(5, 6, 4, seed=1, dtype=torch.float32)
     expected = oracle(model, weighted_sum, x, target, reduction="sum")
@@ -284,5 +288,7 @@ def test_in_eval_without_grad_and_without_moments_the_layer_is_the_stock_layer(c
         if y.requires_grad:
             weighted_sum(y, target).backward()
             weighted_sum(expected, target).backward()
-            assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), layer.parameters(), strict=True))
+            assert all(
+                torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), layer.parameters(), strict=True)
+            )
         assert all(p.sum_grad_squared is None for p in module.parameters())

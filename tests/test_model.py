@@ -1,26 +1,19 @@
-"""Whole models: the oracle, checks that need no tolerance, copies and files, nesting, and shapes of inputs and outputs."""
+"""Whole models: the oracle, checks that need no tolerance, nesting, and structures of inputs and outputs."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, Plain, backward, half_square_mean, mlp, net_data, randn, squares, weighted_sum
+from models import Plain, adam, backward, converted_net, half_square_mean, mlp, net_data, randn, squares, weighted_sum
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import perexample as px
 from perexample.testing import assert_moments, assert_within_budget, oracle
-
-
-def converted_net(dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return px.convert(Net().to(dtype))
 
 
 def sum_loss(output, target):
@@ -42,7 +35,9 @@ class TestOracle:
 
     def expected(self, model, inputs, y, loss_fn, reduction, dtype):
         exact = oracle(model, loss_fn, inputs, y, reduction=reduction)
-        return exact, exact if dtype == torch.float64 else oracle(model, loss_fn, inputs, y, reduction=reduction, dtype=dtype)
+        return exact, exact if dtype == torch.float64 else oracle(
+            model, loss_fn, inputs, y, reduction=reduction, dtype=dtype
+        )
 
     def test_one_backward(self, which, loss_fn, reduction, dtype):
         model, inputs, y = self.case(which, dtype)
@@ -104,7 +99,7 @@ class TestWithoutTolerance:
             assert torch.equal(p.sum_grad_squared, p.grad.square()), name
 
     def test_the_one_dimensional_example_of_the_slides(self):
-        """½(β − y)²: c_b = (β − y_b) / B exactly, and at the optimum of the population the batch gradient is not 0."""
+        """½(β - y)²: c_b = (β - y_b) / B exactly, and at the optimum of the population the batch gradient is not 0."""
         beta = px.convert(nn.Linear(1, 1, bias=False).double())
         y = torch.tensor([[1.0], [2.0], [4.0], [9.0]], dtype=torch.float64)
         nn.init.constant_(beta.weight, 4.5)
@@ -125,7 +120,9 @@ class TestBits:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_two_runs(self, dtype):
         first, second = self.run(dtype), self.run(dtype)
-        assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+        assert all(
+            torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_one_thread_and_two(self, dtype):
@@ -134,7 +131,9 @@ class TestBits:
         try:
             for n in (1, 2):
                 torch.set_num_threads(n)
-                model = px.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(2), nn.Linear(36, 70)).to(dtype))
+                model = px.convert(
+                    nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(2), nn.Linear(36, 70)).to(dtype)
+                )
                 nn.init.ones_(model[0].weight), nn.init.ones_(model[3].weight)
                 nn.init.ones_(model[0].bias), nn.init.ones_(model[3].bias)
                 # The stock part of backward may depend on the threads: one gradient, set by hand, for every layer.
@@ -148,129 +147,6 @@ class TestBits:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-class TestCopies:
-    """What happens to a converted model apart from training."""
-
-    @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_file], ids=lambda f: f.__name__)
-    @pytest.mark.parametrize("before_backward", [True, False])
-    def test_a_copy_has_moments_of_its_own(self, copy_of, before_backward):
-        model, (x, tokens, y) = converted_net(), net_data(5)
-        expected = oracle(model, half_square_mean, (x, tokens), y)
-        if not before_backward:
-            backward(model, x, tokens, target=y)
-        kept = None if before_backward else squares(model)
-        twin = copy_of(model)
-        assert all(p.sum_grad_squared is None for p in twin.parameters())
-        twin.zero_grad()  # deepcopy copies p.grad
-        backward(twin, x, tokens, target=y)
-        assert_moments(twin, expected)
-        assert twin._examples.total.item() == 5 and twin._examples is not model._examples
-        if kept is not None:
-            assert all(torch.equal(a, b) for a, b in zip(squares(model), kept, strict=True))
-            assert model._examples.total.item() == 5
-        model.zero_grad()
-        backward(model, x, tokens, target=y)
-        assert_moments(model, expected)
-
-    def test_a_layer_copied_without_its_model(self):
-        model = px.convert(mlp(torch.float64))
-        layer = copy.deepcopy(model[2])
-        x, y = randn(4, 8), randn(4, 3, seed=1)
-        backward(layer, x, target=y)
-        assert_moments(layer, oracle(layer, half_square_mean, x, y))
-
-    @pytest.mark.parametrize("first", [False, True])
-    def test_to_dtype(self, first):
-        model = converted_net(torch.float32)
-        if first:
-            backward(model, *net_data(3, torch.float32)[:2], target=net_data(3, torch.float32)[2])
-            model.zero_grad()
-        model.double()
-        x, tokens, y = net_data(5)
-        backward(model, x, tokens, target=y)
-        assert all(p.sum_grad_squared.dtype == torch.float64 for p in model.parameters())
-        assert_moments(model, oracle(model, half_square_mean, (x, tokens), y))
-
-    def test_to_device_meta_and_empty(self):
-        model = px.convert(mlp()).to("meta").to_empty(device="cpu")
-        model.load_state_dict(mlp(seed=3).state_dict())
-        x, y = randn(5, 5, dtype=torch.float32), randn(5, 3, seed=1, dtype=torch.float32)
-        backward(model, x, target=y)
-        exact = oracle(model, half_square_mean, x, y)
-        assert_moments(model, exact, oracle(model, half_square_mean, x, y, dtype=torch.float32))
-
-    @pytest.mark.parametrize("assign", [False, True])
-    @pytest.mark.parametrize("first", [False, True], ids=["fresh", "used"])
-    def test_load_state_dict(self, assign, first):
-        model, source, (x, tokens, y) = converted_net(), converted_net(seed=1), net_data(5)
-        if first:
-            backward(model, x, tokens, target=y)
-            model.zero_grad()
-        model.load_state_dict(source.state_dict(), assign=assign)
-        for p in model.parameters():
-            p.requires_grad_()
-        backward(model, x, tokens, target=y)
-        assert_moments(model, oracle(source, half_square_mean, (x, tokens), y))
-
-    def test_state_dict_interchange_with_the_stock_model(self):
-        torch.manual_seed(5)
-        stock, model = Net().double(), converted_net()
-        assert list(stock.state_dict()) == list(model.state_dict())
-        model.load_state_dict(stock.state_dict())
-        x, tokens, _ = net_data(3)
-        assert torch.equal(model(x, tokens), stock(x, tokens))
-        other = converted_net(seed=6)
-        stock.load_state_dict(other.state_dict())
-        assert torch.equal(other(x, tokens), stock(x, tokens))
-
-    def test_state_dict_loads_with_weights_only(self):
-        model = converted_net()
-        backward(model, *net_data(3)[:2], target=net_data(3)[2])
-        file = io.BytesIO()
-        torch.save(model.state_dict(), file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
-        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
-
-    def test_converting_again_changes_nothing(self):
-        model, (x, tokens, y) = converted_net(), net_data(5)
-        hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
-        assert px.convert(model) is model
-        assert (len(model._forward_hooks), len(model._forward_pre_hooks)) == hooks
-        backward(model, x, tokens, target=y)
-        assert_moments(model, oracle(model, half_square_mean, (x, tokens), y))
-        assert model._examples.total.item() == 5
-
-    def test_parameters_and_hooks_stay_the_objects_that_they_are(self):
-        model, calls = Net(), []
-        parameters = list(model.parameters())
-        model.fc.register_forward_hook(lambda *_: calls.append("fc"))
-        px.convert(model)
-        assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
-        x, tokens, _ = net_data(2, torch.float32)
-        model(x, tokens)
-        assert calls == ["fc"]
-
-    def test_a_parameter_put_in_place_of_another(self):
-        model, x, y = px.convert(mlp(torch.float64)), randn(5, 5), randn(5, 3, seed=1)
-        backward(model, x, target=y)
-        model.zero_grad()
-        model[0].weight = nn.Parameter(randn(8, 5, seed=2))
-        backward(model, x, target=y)
-        assert_moments(model, oracle(model, half_square_mean, x, y))
-
-
 class Encoder(nn.Module):
     """A model of two parts that can be called by themselves."""
 
@@ -282,7 +158,9 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x).tanh())
 
 
-@pytest.mark.parametrize("order", [("whole", "encoder"), ("encoder", "whole"), ("whole", "encoder", "whole")], ids="-".join)
+@pytest.mark.parametrize(
+    "order", [("whole", "encoder"), ("encoder", "whole"), ("whole", "encoder", "whole")], ids="-".join
+)
 class TestNested:
     """A part that is converted as well, before or after the whole."""
 
@@ -316,6 +194,61 @@ class TestNested:
             assert_within_budget(p.sum_grad_squared, expected, expected, torch.float64, name)
         assert model._examples.total.item() == 12
 
+    def test_a_step_knows_every_example_and_every_parameter_by_its_full_name(self, order):
+        model, x = self.model(order), randn(6, 5)
+        opt = adam(model)
+        backward(model, x, target=randn(6, 2, seed=1))
+        opt.step()
+        assert all(opt.state[p]["examples"].item() == 6 for p in model.parameters())
+        moments = [moment.name for ref in model._examples.moments if (moment := ref()) is not None]
+        assert sorted(moments) == sorted(name for name, _ in model.named_parameters())
+
+    def test_the_part_may_not_be_called_twice_inside_of_the_whole(self, order):
+        model, x = self.model(order), randn(6, 5)
+        model.encoder[0].weight = nn.Parameter(randn(8, 3))
+        model.forward = lambda x: model.head(model.encoder(model.encoder(x)))
+        with pytest.raises(ValueError, match=r"^encoder\.0 was called twice in one forward pass: "):
+            model(x[:, :3])
+
+    def test_after_a_raise_in_the_whole_the_part_can_be_called(self, order):
+        model, x, y = self.model(order), randn(6, 5), randn(6, 3, seed=1)
+        model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x[:4])
+        backward(model.encoder, x, target=y)
+        assert_moments(model.encoder, oracle(model.encoder, half_square_mean, x, y))
+        assert model._examples.total.item() == 6
+
+
+def test_a_single_layer_converted_as_a_part_keeps_counting_with_the_whole():
+    model, x, y = px.convert(mlp(torch.float64)), randn(6, 5), randn(6, 3, seed=1)
+    px.convert(model[0])
+    opt = adam(model)
+    backward(model, x, target=y)
+    assert model._examples is model[0]._examples and model._examples.total.item() == 6
+    opt.step()
+    opt.zero_grad()
+    backward(model[0], x, target=randn(6, 8))
+    assert model._examples.total.item() == 6
+
+
+def test_a_raise_in_the_whole_leaves_its_parts_usable():
+    model, x = px.convert(MayRaise()), randn(6, 5)
+    with pytest.raises(ZeroDivisionError):
+        model(x[:4])
+    model.encoder(x)
+
+
+class MayRaise(nn.Module):
+    """Raises after its first part."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = mlp(torch.float64)
+
+    def forward(self, x):
+        return self.encoder(x) / (0 // 0)
+
 
 @dataclass
 class Output:
@@ -325,9 +258,9 @@ class Output:
     hidden: Tensor | None = None
 
 
-pytree.register_dataclass(Output, field_names=["logits", "hidden"], drop_field_names=[], serialized_type_name="tests.Output") if (
-    hasattr(pytree, "register_dataclass")
-) else None
+pytree.register_dataclass(
+    Output, field_names=["logits", "hidden"], drop_field_names=[], serialized_type_name="tests.Output"
+) if (hasattr(pytree, "register_dataclass")) else None
 
 
 class Wrapped(nn.Module):
@@ -356,7 +289,11 @@ WRAPS = {
 def test_inputs_and_outputs_of_any_structure(wrap, how):
     pack, unpack = WRAPS[wrap]
     model, x, y = px.convert(Wrapped(pack)), randn(6, 5), randn(6, 3, seed=1)
-    call = {"positional": lambda: model(x), "keyword": lambda: model(x=x), "inside a dict": lambda: model(batch={"x": x})}
+    call = {
+        "positional": lambda: model(x),
+        "keyword": lambda: model(x=x),
+        "inside a dict": lambda: model(batch={"x": x}),
+    }
     half_square_mean(unpack(call[how]()), y).backward()
     assert_moments(model.net, oracle(model.net, half_square_mean, x, y))
     assert model._examples.total.item() == 6

@@ -14,8 +14,11 @@ import perexample as px
 from perexample.testing import assert_moments, assert_within_budget, oracle
 
 X, Y = randn(6, 5), randn(6, 3, seed=1)
-# torch.compile itself does so while it traces an autograd Function.
-pytestmark = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+# torch.compile itself does these while it traces an autograd Function.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
+]
 
 
 def model_of(seed=0):
@@ -56,53 +59,68 @@ ZEROED = {
 def call(request):
     """The model as training calls it."""
     torch.compiler.reset()
-    return (lambda model: model) if request.param == "eager" else (lambda model: torch.compile(model, backend="aot_eager"))
+    return (
+        (lambda model: model) if request.param == "eager" else (lambda model: torch.compile(model, backend="aot_eager"))
+    )
 
 
-@pytest.mark.parametrize("clear", [*CLEARED, *ZEROED])
+WAYS = {**CLEARED, **ZEROED}
+
+
+@pytest.mark.parametrize("way", WAYS)
 class TestClearing:
     """Whatever clears p.grad clears the second moment and the count with it."""
 
-    def clear(self, name, model):
-        {**CLEARED, **ZEROED}[name](model)
-
-    def test_a_stale_sum_never_enters_the_next_gradients(self, clear, call):
+    def test_a_stale_sum_never_enters_the_next_gradients(self, way):
         model = model_of()
-        expected = oracle(model, half_square_mean, X, Y)
-        called = call(model)
         for rows in (4, 6, 6):
-            self.clear(clear, model) if model[0].weight.grad is not None else None
-            backward(called, X[:rows], target=Y[:rows])
-        assert_moments(model, expected)
+            if rows == 6:
+                WAYS[way](model)
+            backward(model, X[:rows], target=Y[:rows])
+        assert_moments(model, oracle(model, half_square_mean, X, Y))
         assert model._examples.total.item() == 6
 
-    def test_reading_after_clearing_gives_none(self, clear, call):
+    def test_reading_after_clearing_gives_none(self, way):
         model = model_of()
-        backward(call(model), X, target=Y)
-        self.clear(clear, model)
+        backward(model, X, target=Y)
+        WAYS[way](model)
         assert all(p.sum_grad_squared is None for p in model.parameters())
 
-    def test_a_stale_sum_never_enters_the_next_step(self, clear, call):
+    def test_a_stale_sum_never_enters_the_next_step(self, way):
         weights = []
         for stale in (False, True):
             model = model_of()
-            called, opt = call(model), adam(model)
+            opt = adam(model)
             if stale:
-                backward(called, X[:4] * 100, target=Y[:4])
-                self.clear(clear, model)
-            backward(called, X, target=Y)
+                backward(model, X[:4] * 100, target=Y[:4])
+                WAYS[way](model)
+            backward(model, X, target=Y)
             opt.step()
             weights.append([p.detach().clone() for p in model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
-    def test_a_step_after_clearing_moves_nothing(self, clear, call):
+    def test_a_step_after_clearing_moves_nothing(self, way):
         model = model_of()
         opt = adam(model)
-        backward(call(model), X, target=Y)
+        backward(model, X, target=Y)
         before = [p.detach().clone() for p in model.parameters()]
-        self.clear(clear, model)
+        WAYS[way](model)
         opt.step()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_clearing_a_compiled_model(call):
+    """All the ways in turn, on one compiled model."""
+    model = model_of()
+    expected, called = oracle(model, half_square_mean, X, Y), call(model)
+    for way in WAYS:
+        backward(called, 100 * X, target=Y)
+        WAYS[way](model)
+        assert all(p.sum_grad_squared is None for p in model.parameters()), way
+        backward(called, X, target=Y)
+        assert_moments(model, expected)
+        assert model._examples.total.item() == 6, way
+        model.zero_grad()
 
 
 def test_backward_passes_add_up_until_cleared(call):
@@ -284,75 +302,6 @@ def test_after_a_raise_training_goes_on(where):
     opt.step()
 
 
-class Positions(nn.Module):
-    """A sum of token and position embeddings, and a head. Positions are as `shape` says."""
-
-    def __init__(self, shape, batched=None):
-        super().__init__()
-        self.token, self.position, self.head = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
-        self.shape, self.batched = shape, batched
-
-    def forward(self, tokens):
-        ids = torch.arange(5)
-        ids = {"[T]": ids, "[1, T]": ids[None], "[B, T]": ids.expand(len(tokens), 5), "[T, 1]": ids[:, None]}[self.shape]
-        h = self.position(ids)
-        return self.head(self.token(tokens) + (h.squeeze(-2) if self.shape == "[T, 1]" else h))
-
-
-def positions_case(batch, shape, batched=None):
-    torch.manual_seed(0)
-    model = px.convert(Positions(shape).double())
-    model.position.batched = batched
-    return model, torch.randint(0, 7, (batch, 5)), randn(batch, 5, 3, seed=1)
-
-
-@pytest.mark.parametrize(
-    ("batch", "shape", "batched"),
-    [
-        (4, "[T]", None),
-        (4, "[1, T]", None),
-        (4, "[B, T]", None),
-        (1, "[T]", None),
-        (1, "[1, T]", None),
-        (5, "[1, T]", None),
-        (5, "[B, T]", None),
-        (5, "[T]", False),
-        (4, "[T]", False),
-        (4, "[1, T]", False),
-        (1, "[1, T]", False),
-        (4, "[B, T]", True),
-        (0, "[T]", None),
-    ],
-)
-def test_position_ids_are_expanded_to_the_batch(batch, shape, batched):
-    model, tokens, y = positions_case(batch, shape, batched)
-    output = model(tokens)
-    assert output.shape == (batch, 5, 3)
-    weighted_sum(output, y).backward()
-    assert_moments(model, oracle(model, weighted_sum, tokens, y, reduction="sum"))
-
-
-def test_as_many_positions_as_examples_are_ambiguous():
-    model, tokens, y = positions_case(5, "[T]")
-    message = (
-        "position saw 5 indices in a batch of 5 examples: one for each example, or 5 positions without a batch? Set its "
-        "attribute: batched=True or batched=False"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        model(tokens)
-    model.position.batched = False
-    weighted_sum(model(tokens), y).backward()
-    assert_moments(model, oracle(model, weighted_sum, tokens, y, reduction="sum"))
-
-
-def test_batched_true_takes_one_index_per_example():
-    model = px.nn.Embedding(7, 3, batched=True, dtype=torch.float64)
-    px.convert(model)
-    indices, y = torch.tensor([3, 1, 3, 0]), randn(4, 3)
-    weighted_sum(model(indices), y).backward()
-    assert_moments(model, oracle(model, weighted_sum, indices, y, reduction="sum"))
-
-
 def test_zero_examples_count_nothing_and_step_nowhere():
     model = model_of()
     opt = adam(model)
@@ -379,8 +328,9 @@ def test_a_part_backpropagated_outside_of_the_model_as_well_is_noticed():
     backward(model, X, target=Y)
     model[0](X[:2]).sum().backward()
     message = (
-        "Adam.step: '0.weight' was backpropagated through outside of the converted model as well as inside, so its examples were "
-        "not all counted; convert the part that is called by itself (px.convert(model.part)), or pass step(batch_size=...)"
+        "Adam.step: '0.weight' was backpropagated through outside of the converted model as well as inside, so its "
+        "examples were not all counted; convert the part that is called by itself (px.convert(model.part)), or pass "
+        "step(batch_size=...)"
     )
     message = message.replace("0.weight", model._examples.uncounted)
     assert model._examples.uncounted in ("0.weight", "0.bias")
@@ -394,7 +344,9 @@ def test_a_part_backpropagated_outside_of_the_model_as_well_is_noticed():
 
 
 def test_sum_grad_squared_is_read_only_and_tells_strangers():
-    message = "sum_grad_squared: this parameter belongs to no layer of perexample; convert the model with px.convert(model)"
+    message = (
+        "sum_grad_squared: this parameter belongs to no layer of perexample; convert the model with px.convert(model)"
+    )
     p = nn.Parameter(torch.zeros(2))
     with pytest.raises(AttributeError, match=f"^{re.escape(message)}$"):
         p.sum_grad_squared  # noqa: B018

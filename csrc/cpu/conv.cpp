@@ -469,19 +469,43 @@ void fill_zero(void* to, int64_t n) {
   if (to != nullptr) zero(static_cast<T*>(to), n);
 }
 
+// The bias where there is no weight gradient to compute it along with.
+template <class In, class Out>
+void bias_alone(const Conv& conv) {
+  using S = Accumulator<In>;
+  const In* dy = static_cast<const In*>(conv.dy);
+  const int64_t* stride = conv.dy_stride;
+  for (int64_t o = 0; o < conv.O; ++o) {
+    S g = 0, s = 0;
+    for (int64_t b = 0; b < conv.B; ++b) {
+      S sum = 0;
+      for (int64_t z = 0; z < conv.out[0]; ++z)
+        for (int64_t y = 0; y < conv.out[1]; ++y)
+          for (int64_t x = 0; x < conv.out[2]; ++x)
+            sum += widen(
+                dy[b * stride[0] + o * stride[1] + z * stride[2] + y * stride[3] + x * stride[4]]);
+      g += sum;
+      s += sum * sum;
+    }
+    static_cast<Out*>(conv.db)[o] = narrow<Out>(g);
+    static_cast<S*>(conv.db_sq)[o] = s;
+  }
+}
+
 }  // namespace
 
 void conv_moments(const Conv& conv, const Parallel& parallel) {
   if (conv.O == 0) return;
   if (conv.B == 0 || conv.C == 0 || volume(conv.out) <= 0 || volume(conv.kernel) == 0) {
     const int64_t size = conv.O * (conv.C / conv.groups) * volume(conv.kernel);
-    with_type(conv.grad_dtype, [&](auto type) {
-      fill_zero<decltype(type)>(conv.dw, size);
-      fill_zero<decltype(type)>(conv.db, conv.O);
-    });
-    with_type(conv.dtype, [&](auto type) {
-      fill_zero<Accumulator<decltype(type)>>(conv.dw_sq, size);
-      fill_zero<Accumulator<decltype(type)>>(conv.db_sq, conv.O);
+    with_type(conv.grad_dtype, [&](auto to) {
+      using Out = decltype(to);
+      with_type(conv.dtype, [&](auto from) {
+        using In = decltype(from);
+        fill_zero<Out>(conv.dw, size);
+        fill_zero<Accumulator<In>>(conv.dw_sq, size);
+        if (conv.db != nullptr) bias_alone<In, Out>(conv);
+      });
     });
     return;
   }

@@ -116,8 +116,8 @@ struct LayerNorm {
   void *dw, *dw_sq, *db, *db_sq;
 };
 
-// MATHS (7) for GroupNorm: x is (B, C, S) contiguous, normalized over (C / groups, S); mean and rstd
-// (B, groups) as above.
+// MATHS (7) for GroupNorm: x is (B, C, S) contiguous, normalized over (C / groups, S); mean and
+// rstd (B, groups) as above.
 struct GroupNorm {
   int64_t B, C, S, groups;
   double eps;
@@ -129,7 +129,8 @@ struct GroupNorm {
   void *dw, *dw_sq, *db, *db_sq;
 };
 
-// MATHS (2), (11), (16)-(18). One parameter of a fused Adam step; all arrays contiguous, n elements.
+// MATHS (2), (11), (16)-(18). One parameter of a fused Adam step; all arrays contiguous, n
+// elements.
 struct AdamTensor {
   int64_t n;
   DType param_dtype, grad_dtype, state_dtype;  // state and sum_grad_squared: f32, or f64
@@ -176,7 +177,8 @@ struct Kernels {
 PX_EXPORT const Kernels& kernels();
 
 // This thread's reusable buffer number `slot` (0 to 3) of at least `bytes` bytes, 64-byte aligned,
-// contents undefined. Valid until the same thread asks for the same slot again. Keep it to a few MB.
+// contents undefined. Valid until the same thread asks for the same slot again. Keep it to a few
+// MB.
 void* scratch(int64_t bytes, int slot);
 
 // Every capability that was compiled in and that this machine can run, best last.

@@ -415,19 +415,23 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
 
 int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
-void clear(void* data, int64_t elements, DType type) {
-  if (data != nullptr) std::memset(data, 0, static_cast<size_t>(elements * size_of(type)));
-}
-
 }  // namespace
+
+void bias_moments(const Bias&, const Parallel&);
 
 void linear_moments(const Linear& a, const Parallel& parallel) {
   if (a.B == 0 || a.T == 0 || a.O == 0 || a.I == 0) {
     const DType sums = a.dtype == DType::f64 ? DType::f64 : DType::f32;
-    clear(a.dw, a.O * a.I, a.grad_dtype);
-    clear(a.dw_sq, a.O * a.I, sums);
-    clear(a.db, a.O, a.grad_dtype);
-    clear(a.db_sq, a.O, sums);
+    const size_t elements = static_cast<size_t>(a.O * a.I);
+    if (elements != 0) {
+      std::memset(a.dw, 0, elements * static_cast<size_t>(size_of(a.grad_dtype)));
+      std::memset(a.dw_sq, 0, elements * static_cast<size_t>(size_of(sums)));
+    }
+    if (a.db != nullptr) {
+      const int64_t* s = a.dy_stride;
+      bias_moments({a.B, a.T, a.O, a.dtype, a.dy, {s[0], s[1], s[2]}, a.grad_dtype, a.db, a.db_sq},
+                   parallel);
+    }
     return;
   }
   switch (a.dtype) {

@@ -18,9 +18,8 @@ void adam_step(const Adam&, const Parallel&);
 
 extern const Kernels table;
 const Kernels table = {
-    PX_STRING(PX_CAPABILITY), linear_moments,     conv_moments,       bias_moments,
-    reduce_moments,           embedding_moments,  layer_norm_moments, group_norm_moments,
-    adam_step,
+    PX_STRING(PX_CAPABILITY), linear_moments,     conv_moments,       bias_moments, reduce_moments,
+    embedding_moments,        layer_norm_moments, group_norm_moments, adam_step,
 };
 
 }  // namespace perexample::cpu::PX_CAPABILITY

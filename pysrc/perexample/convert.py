@@ -100,19 +100,23 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> nn.Module | Conversio
             f"px.convert: {type(model).__name__} has nothing to convert: no layer with a parameter that requires grad; "
             f"convert before freezing, or leave the model as it is"
         )
-    examples = _common_count(model) or ExampleCount()
-    for name, module in model.named_modules():
-        if type(module) in LAYERS:
-            module.__class__ = LAYERS[type(module)]
-        if isinstance(module, MomentModule):
-            module._join(examples, name)
-        elif "_examples" in module.__dict__:
-            module._examples = examples
+    examples = _common_count(model)
+    prefix = _name_in_whole(model) if examples is not None else ""
+    examples = examples or ExampleCount()
     if "_perexample_root" not in model.__dict__:
         model._perexample_root = True  # type: ignore[assignment]
         model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)
         model.register_forward_hook(_leave, with_kwargs=True)
-    model._examples = examples  # type: ignore[assignment]
+        model.register_forward_hook(_abandon, with_kwargs=True, always_call=True)
+    for name, module in model.named_modules():
+        name = f"{prefix}.{name}".strip(".")
+        if type(module) in LAYERS:
+            module.__class__ = LAYERS[type(module)]
+        if isinstance(module, MomentModule):
+            module._join(examples, name)
+        if "_perexample_root" in module.__dict__:
+            module._examples = examples
+            module._name = name
     examples.rooted = True
     return model
 
@@ -164,11 +168,27 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
 
 def _common_count(model: nn.Module) -> ExampleCount | None:
     """The count that all layers of `model` share already: `model` is part of a converted model, or is one."""
-    layers = [module for module in model.modules() if isinstance(module, MomentModule)]
-    counts = {id(layer.__dict__.get("_examples")): layer.__dict__.get("_examples") for layer in layers}
-    if len(counts) == 1 and len(layers) > 1 and not any(type(module) in LAYERS for module in model.modules()):
-        return next(iter(counts.values()))
+    counts = {id(module._examples): module._examples for module in model.modules() if isinstance(module, MomentModule)}
+    count = next(iter(counts.values()), None)
+    if (
+        len(counts) == 1
+        and count is not None
+        and count.rooted
+        and not any(type(module) in LAYERS for module in model.modules())
+    ):
+        return count
     return model.__dict__.get("_examples") if "_perexample_root" in model.__dict__ else None
+
+
+def _name_in_whole(model: nn.Module) -> str:
+    """What `model` is called inside of the model that it was converted as a part of; empty if it is the whole."""
+    for name, module in model.named_modules():
+        if isinstance(module, MomentModule):
+            full = module.__dict__.get("_name", "")
+            if not name:
+                return full
+            return full.removesuffix(f".{name}") if full.endswith(f".{name}") else ""
+    return ""
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -238,3 +258,11 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _abandon(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook that runs in any case: a pass that raised is over."""
+    examples: ExampleCount = module._examples  # type: ignore[assignment]
+    if examples.batch is not None and examples.root == module.__dict__.get("_name", ""):
+        examples.batch = None
+        examples.used = {}

@@ -56,6 +56,11 @@ def moment_of(p: Tensor) -> Moment | None:
     return p.__dict__.get("_perexample_moment")
 
 
+def _version(grad: Tensor) -> tuple[int, int]:
+    """Differs where `grad` was changed in place, or is another tensor."""
+    return grad._version, grad.data_ptr() if grad.layout == torch.strided else 0
+
+
 def _no_moment() -> None:
     return None
 
@@ -91,7 +96,7 @@ class Moment:
         self.leaf: Tensor | None = None
         self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses, where Python can't (`_leaves`)
         self.live = False
-        self.version = -1  # of p.grad, when this library last saw it
+        self.version: tuple[int, int] | None = None  # of p.grad, when this library last saw it
         self.base: Base | None = None
         self.handles: list[Any] = []
         self.name = ""
@@ -164,7 +169,7 @@ class Moment:
         self.examples.begin_round()
 
     def _after_parameter(self, p: Tensor) -> None:
-        self.version = -1 if p.grad is None else p.grad._version
+        self.version = None if p.grad is None else _version(p.grad)
 
     def current(self) -> Tensor | None:
         """The second moment that belongs to the present ``p.grad``, or None."""
@@ -251,15 +256,15 @@ class ExampleCount:
                 grad = None if p is None else p.grad
                 if grad is None:
                     cleared.append(moment)
-                elif grad._version != moment.version:
+                elif _version(grad) != moment.version:
                     changed.append((moment, grad))
         if changed:
             # zero_grad(set_to_none=False) is an in-place change that leaves nothing but zeros.
-            norms = torch._foreach_norm([grad for _, grad in changed], math.inf)
+            norms = torch._foreach_norm([g._values() if g.is_sparse else g for _, g in changed], math.inf)
             for (moment, grad), norm in zip(changed, norms, strict=True):
                 if norm.item() == 0:
                     cleared.append(moment)
-                moment.version = grad._version
+                moment.version = _version(grad)
         self.drop(cleared)
         if candidates is None and not self.alive():
             self.clear()
@@ -336,28 +341,38 @@ class MomentModule(nn.Module):
     _name: str
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            self._owns(name, value)  # raises before anything has changed
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter):
             self._bind(name)
+
+    def _owns(self, name: str, p: Tensor) -> bool:
+        """Whether `p` may be bound here; raises where another layer owns it, unless it is frozen and so harmless."""
+        other = moment_of(p)
+        if other is None or other.parameter is not p or other.owner() is self:
+            return True
+        if p.requires_grad:
+            raise ValueError(
+                f"{type(self).__name__}.{name}: this parameter already belongs to {type(other.owner()).__name__} "
+                f"('{other.name}'); the uses of a shared weight have to be added per example before squaring, which is "
+                f"not supported yet: give each layer a weight of its own"
+            )
+        return False
 
     def _bind(self, name: str) -> None:
         p = self._parameters.get(name)
         if p is None:
             return
-        other = moment_of(p)
-        if other is not None and other.parameter is p and other.owner() is not self:
-            owner = type(other.owner()).__name__
-            raise ValueError(
-                f"{type(self).__name__}.{name}: this parameter already belongs to {owner} ('{other.name}'); the uses "
-                "of "
-                f"a shared weight have to be added per example before squaring, which is not supported yet: give each "
-                f"layer a weight of its own"
-            )
         moments = self.__dict__.setdefault("_moments", {})
         examples = self.__dict__.setdefault("_examples", ExampleCount())
+        if not self._owns(name, p):
+            return  # `_leaves` tries again when it is thawed
         if name not in moments:
             moments[name] = Moment(self, name, examples)
         moments[name].bind(p)
+        for moment in moments.values():
+            moment.uses = moments[name].uses  # one scalar counts for all parameters of the layer
 
     def _bind_all(self) -> None:
         for name in self._parameters:
@@ -446,6 +461,8 @@ class MomentModule(nn.Module):
         uses = None
         for name in names:
             p = self._parameters.get(name)
+            if p is not None and p.requires_grad and name not in self._moments:
+                self._bind(name)
             moment = self._moments.get(name)
             if moment is None:
                 leaves.append(None)

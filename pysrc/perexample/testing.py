@@ -251,6 +251,7 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase(4, 3, 8, (9, 7), 3, {"bias": False, "padding": 1}),
     ConvCase(2, 3, 17, (9, 9), (3, 2), {"stride": (2, 1), "padding": (1, 2)}),
     ConvCase(2, 3, 4, (8, 9), (2, 3), {"padding": "same"}),
+    ConvCase(2, 3, 4, (8, 9), (3, 5), {"padding": "same"}),
     ConvCase(2, 3, 4, (8, 9), 3, {"padding": 1, "padding_mode": "reflect"}),
     ConvCase(2, 3, 4, (8, 9), 3, {"padding": "same", "padding_mode": "replicate"}),
     ConvCase(2, 3, 4, (8, 9), 3, {"padding": "valid", "dilation": (2, 1)}),

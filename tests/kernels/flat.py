@@ -1,7 +1,7 @@
-"""The ops on a library of tests/kernels/shim.cpp, in place of the public functions.
+"""The ops on a library of tests/kernels/shim.cpp, in place of the public functions: `python flat.py LIBRARY ...`.
 
-`python flat.py LIBRARY ARGUMENTS-OF-PYTEST`. Every call runs three times, with tasks in order, in reverse, and on two threads, and must give the same bits; outputs
-lie between guards. It ends by asserting that every op was cut into several tasks at least once.
+The other arguments are pytest's. Every call runs three times, with tasks in order, in reverse, and on two threads, and
+must give the same bits; outputs lie between guards. At the end every op must have been cut into several tasks once.
 """
 
 import ctypes
@@ -56,6 +56,13 @@ def call(name, integers, pointers, reals, threads, order):
 RUNS = ((1, 0), (2, 1), (2, 2))  # threads, order of the tasks
 
 
+def same_bits(some, others):
+    return all(
+        torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+        for a, b in zip(some, others, strict=True)
+    )
+
+
 def thrice(name, prepare):
     """`prepare(outputs)` gives integers, pointers and reals, and reserves the outputs."""
     results = []
@@ -65,7 +72,7 @@ def thrice(name, prepare):
         outputs.check()
         results.append(outputs.tensors)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), f"{name}: bits differ"
+        assert same_bits(other, results[0]), f"{name}: bits differ"
     return tuple(results[0])
 
 
@@ -159,6 +166,8 @@ def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violat
                eps, weight_decay, mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip
     """Only what is contiguous, and one dtype of gradients: the launcher in csrc/bindings.cpp arranges the rest."""
     batch = float(batch_size)
+    if batch == 0 or (found_inf is not None and float(found_inf) != 0):
+        return
     inverse = 1.0 if grad_scale is None else 1 / float(grad_scale)
     scalars = [batch, inverse / (1 if mean_reduction else batch) * (-1 if maximize else 1)]
     scalars += [inverse**2 * (batch if mean_reduction else 1 / batch), batch * float(lr), weight_decay, eps]
@@ -179,7 +188,7 @@ def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violat
         call("adam_step_", integers, pointers, [*reals, *scalars, slack, slack], threads, order)
         results.append([t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), "adam_step_: bits differ"
+        assert same_bits(other, results[0]), "adam_step_: bits differ"
     examples_seen += batch
 
 

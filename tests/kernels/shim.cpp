@@ -86,7 +86,7 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
   tasks_run = overruns = 0;
   auto is = [&](const char* name) { return std::strcmp(op, name) == 0; };
   if (is("linear_moments")) {
-    Linear a{n(), n(), n(), n(), type(), p(), {n(), n(), n()}, p(), {n(), n(), n()},
+    Linear a{n(),    n(), n(), n(), type(), p(), {n(), n(), n()}, p(), {n(), n(), n()},
              type(), p(), p(), p(), p()};
     kernels.linear_moments(a, parallel);
   } else if (is("conv_moments")) {
@@ -108,24 +108,44 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
     Reduce a{n(), n(), type(), p(), {n(), n()}, type(), p(), p()};
     kernels.reduce_moments(a, parallel);
   } else if (is("embedding_moments")) {
-    Embedding a{n(), n(), n(), n(), type(), p(), {n(), n(), n()},
-                static_cast<const int64_t*>(p()), {n(), n()}, n(), type(), p(), p()};
+    Embedding a{n(),
+                n(),
+                n(),
+                n(),
+                type(),
+                p(),
+                {n(), n(), n()},
+                static_cast<const int64_t*>(p()),
+                {n(), n()},
+                n(),
+                type(),
+                p(),
+                p()};
     kernels.embedding_moments(a, parallel);
   } else if (is("layer_norm_moments")) {
-    LayerNorm a{n(), n(), n(), r(), type(), type(), p(), p(), p(), p(), p(), p(), p(), p(), p(), p()};
+    LayerNorm a{n(), n(), n(), r(), type(), type(), p(), p(),
+                p(), p(), p(), p(), p(),    p(),    p(), p()};
     kernels.layer_norm_moments(a, parallel);
   } else if (is("group_norm_moments")) {
-    GroupNorm a{n(), n(), n(), n(), r(), type(), type(),
-                p(), p(), p(), p(), p(), p(), p(), p(), p(), p()};
+    GroupNorm a{n(), n(), n(), n(), r(), type(), type(), p(), p(),
+                p(), p(), p(), p(), p(), p(),    p(),    p()};
     kernels.group_norm_moments(a, parallel);
   } else if (is("adam_step_")) {
     std::vector<AdamTensor> tensors(static_cast<size_t>(n()));
     for (AdamTensor& t : tensors) {
-      t = {n(), type(), type(), type(), p(), p(), p(), p(), p(), r(), r(),
-           static_cast<int32_t*>(p())};
+      t = {n(), type(), type(), type(), p(), p(),
+           p(), p(),    p(),    r(),    r(), static_cast<int32_t*>(p())};
     }
-    Adam a{static_cast<int64_t>(tensors.size()), tensors.data(), r(), r(), r(), r(), r(), r(),
-           r(), r()};
+    Adam a{static_cast<int64_t>(tensors.size()),
+           tensors.data(),
+           r(),
+           r(),
+           r(),
+           r(),
+           r(),
+           r(),
+           r(),
+           r()};
     kernels.adam_step(a, parallel);
   } else {
     std::abort();

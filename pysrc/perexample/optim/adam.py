@@ -181,19 +181,27 @@ class Adam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step(self._as_batch_size(batch_size))
+        except BaseException:
+            # GradScaler sets these for one step and deletes them after it, but not where the step raises.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+        return loss
+
+    def _step(self, batch_size: Tensor | None) -> None:
         self._raise_flagged(wait=False)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        buckets = self._collect(self._as_batch_size(batch_size))
+        buckets = self._collect(batch_size)
         if found_inf is not None and grad_scale is None and any(bucket.sums for bucket in buckets):
             raise RuntimeError(
-                f"{type(self).__name__}: GradScaler.unscale_(optimizer) divided the gradients but cannot divide "
-                "their second "
-                f"moments; leave out unscale_, GradScaler.step(optimizer) hands the scale over"
+                f"{type(self).__name__}: GradScaler.unscale_(optimizer) divided the gradients but cannot divide their "
+                f"second moments; leave out unscale_, GradScaler.step(optimizer) hands the scale over"
             )
         for bucket in buckets:
             self._update(bucket, grad_scale, found_inf)
         self._raise_flagged(wait=False)
-        return loss
 
     def _as_batch_size(self, batch_size: int | Tensor | None) -> Tensor | None:
         if batch_size is None:
@@ -300,7 +308,7 @@ class Adam(Optimizer):
                     f"{type(self).__name__}: the batch of {size} examples is larger than the averaging time of "
                     f"{horizon:g} examples "
                     f"(n_g, n_s): nothing is averaged, and from here on results depend on the batch size",
-                    stacklevel=4,
+                    stacklevel=7,
                 )
                 return
 

@@ -1,0 +1,284 @@
+"""px.convert: the table, the refusals word for word, and that a refused model is unchanged."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models import Net, backward, mlp, randn
+from torch import nn
+
+import perexample as px
+
+
+class Custom(nn.Module):
+    """Holds a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class MyLinear(nn.Linear):
+    """A subclass may compute something else."""
+
+
+class Tied(nn.Module):
+    """A head that is the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.token.weight
+
+
+def twice():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+KINDS = "Linear, Conv1d, Conv2d, Conv3d, LayerNorm, GroupNorm, Embedding"
+BATCH = "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its place"
+
+
+def holds(*names):
+    return (
+        f"holds parameters ({', '.join(names)}) and is none of {KINDS}; build it from these, or freeze its parameters "
+        f"(requires_grad_(False))"
+    )
+
+
+def shares(*names):
+    return (
+        f"shares a weight ({' = '.join(names)}); its uses have to be added per example before squaring, which is not "
+        f"supported yet: give each module a weight of its own"
+    )
+
+
+LAZY = "its parameters have no shape yet; run one forward pass before converting"
+MAX_NORM = "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"
+BY_FREQ = "scale_grad_by_freq divides by counts over the whole batch, which mixes examples; set it to False"
+SPARSE = "sparse gradients have no second moment here; set sparse=False"
+
+# model, the lines of the message after the first; the module that is refused comes after a Linear that would be served.
+REFUSED = {
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), [f"1 (BatchNorm2d): {BATCH}"]),
+    "BatchNorm1d without affine": (lambda: nn.BatchNorm1d(3, affine=False), [f"1 (BatchNorm1d): {BATCH}"]),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(3), [f"1 (SyncBatchNorm): {BATCH}"]),
+    "frozen BatchNorm": (lambda: frozen(nn.BatchNorm1d(3)), [f"1 (BatchNorm1d): {BATCH}"]),
+    "lazy": (lambda: nn.LazyLinear(3), [f"1 (LazyLinear): {LAZY}"]),
+    "custom parameter": (Custom, [f"1 (Custom): {holds('scale')}"]),
+    "subclass": (lambda: MyLinear(3, 3), [f"1 (MyLinear): {holds('weight', 'bias')}"]),
+    "LSTM": (
+        lambda: nn.LSTM(3, 3),
+        [f"1 (LSTM): {holds('weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0')}"],
+    ),
+    "PReLU": (nn.PReLU, [f"1 (PReLU): {holds('weight')}"]),
+    "max_norm": (lambda: nn.Embedding(3, 3, max_norm=1.0), [f"1 (Embedding): {MAX_NORM}"]),
+    "scale_grad_by_freq": (lambda: nn.Embedding(3, 3, scale_grad_by_freq=True), [f"1 (Embedding): {BY_FREQ}"]),
+    "sparse": (lambda: nn.Embedding(3, 3, sparse=True), [f"1 (Embedding): {SPARSE}"]),
+    "tied": (
+        Tied,
+        [
+            f"1.token (Embedding): {shares('1.token.weight', '1.head.weight')}",
+            f"1.head (Linear): {shares('1.token.weight', '1.head.weight')}",
+        ],
+    ),
+    "several": (
+        lambda: nn.Sequential(nn.BatchNorm1d(3), Custom()),
+        [f"1.0 (BatchNorm1d): {BATCH}", f"1.1 (Custom): {holds('scale')}"],
+    ),
+}
+
+
+def snapshot(model):
+    return [(name, type(module), dict(module.__dict__)) for name, module in model.named_modules()], dict(
+        model._forward_hooks
+    )
+
+
+@pytest.mark.parametrize("which", REFUSED)
+class TestRefusals:
+    """What cannot be exact is refused, all of it at once."""
+
+    def test_message_names_every_module_and_the_way_out(self, which):
+        make, lines = REFUSED[which]
+        model = nn.Sequential(nn.Linear(3, 3), make())
+        with pytest.raises(ValueError) as caught:
+            px.convert(model)
+        first, *rest = str(caught.value).split("\n")
+        assert rest == [f"  {line}" for line in lines]
+        assert re.fullmatch(rf"px\.convert: {len(lines)} of \d+ modules cannot be served exactly:", first)
+
+    def test_the_model_is_unchanged(self, which):
+        model = nn.Sequential(nn.Linear(3, 3), REFUSED[which][0]())
+        before = snapshot(model)
+        with pytest.raises(ValueError):
+            px.convert(model)
+        assert snapshot(model) == before
+        with pytest.raises(AttributeError):
+            model[0].weight.sum_grad_squared  # noqa: B018
+
+    def test_dry_run_tells_the_same(self, which):
+        make, lines = REFUSED[which]
+        model = nn.Sequential(nn.Linear(3, 3), make())
+        before = snapshot(model)
+        table = px.convert(model, dry_run=True)
+        assert [str(row) for row in table if row.how == "refused"] == lines
+        assert snapshot(model) == before
+
+
+def test_the_model_itself_is_named_when_it_is_the_one():
+    message = f"px.convert: 1 of 1 modules cannot be served exactly:\n  (the model itself) (Custom): {holds('scale')}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        px.convert(Custom())
+
+
+class TestServed:
+    """What is no obstacle."""
+
+    @pytest.mark.parametrize(
+        "make", [lambda: frozen(Custom()), lambda: frozen(nn.LSTM(3, 3)), lambda: frozen(Tied()), nn.Dropout]
+    )
+    def test_frozen_modules_and_modules_without_parameters(self, make):
+        model = nn.Sequential(nn.Linear(3, 3), make())
+        px.convert(model)
+        assert type(model[0]) is px.nn.Linear
+
+    def test_a_frozen_tie_is_harmless_and_refused_when_it_is_thawed(self):
+        tied = Tied().requires_grad_(False)
+        model = nn.Sequential(tied.token, nn.Linear(4, 4), tied.head)
+        px.convert(model)
+        model(torch.tensor([[1, 2]])).sum().backward()
+        assert model[1].weight.sum_grad_squared is not None
+        model[0].weight.requires_grad_(True)
+        with pytest.raises(
+            ValueError, match=r"^Linear\.weight: this parameter already belongs to Embedding \('0\.weight'\); the "
+        ):
+            model(torch.tensor([[1, 2]]))
+
+    def test_norms_without_affine_part(self):
+        model = nn.Sequential(
+            nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False), nn.GroupNorm(2, 4, affine=False)
+        )
+        backward(px.convert(model), randn(3, 4, dtype=torch.float32), target=randn(3, 4, dtype=torch.float32))
+        assert model[0].weight.sum_grad_squared is not None
+
+    def test_instance_norm_without_affine_part_keeps_examples_apart(self):
+        assert px.convert(nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3)), dry_run=True)[0].how == "kernel"
+
+    def test_a_module_that_is_called_twice_is_told_when_it_is_called(self):
+        with pytest.raises(
+            ValueError, match=r"^0 was called twice in one forward pass: the uses of its 'weight' have to be"
+        ):
+            px.convert(twice())(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: None, "px.convert: model must be a torch.nn.Module, got NoneType"),
+        (lambda: nn.Linear, "px.convert: model must be a torch.nn.Module, got type"),
+        (lambda: {"a": 1}, "px.convert: model must be a torch.nn.Module, got dict"),
+        (
+            lambda: torch.compile(mlp(), backend="eager"),
+            "px.convert: model is a OptimizedModule; convert the model first, then compile it: "
+            "torch.compile(px.convert(model))",
+        ),
+    ],
+)
+def test_what_is_no_plain_module_is_a_type_error(make, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        px.convert(make())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Tanh()), lambda: frozen(mlp()), lambda: nn.Linear(3, 3).requires_grad_(False)]
+)
+def test_nothing_to_convert(make):
+    model = make()
+    message = (
+        f"px.convert: {type(model).__name__} has nothing to convert: no layer with a parameter that requires grad; "
+        f"convert before freezing, or leave the model as it is"
+    )
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        px.convert(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "why"), [("max_norm", MAX_NORM), ("scale_grad_by_freq", BY_FREQ), ("sparse", SPARSE)]
+)
+def test_px_embedding_refuses_the_same_at_birth(option, why):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'Embedding: {why}')}$"):
+        px.nn.Embedding(4, 3, **{option: 1.0 if option == "max_norm" else True})
+
+
+def test_one_weight_for_two_layers_built_by_hand():
+    first, second = px.nn.Linear(3, 3), px.nn.Linear(3, 3)
+    message = (
+        "Linear.weight: this parameter already belongs to Linear ('weight'); the uses of a shared weight have to be "
+        "added per example before squaring, which is not supported yet: give each layer a weight of its own"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        second.weight = first.weight
+
+
+def test_dry_run_changes_nothing_and_prints_the_table():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.stem = Net(), nn.Linear(3, 3).requires_grad_(False)
+            self.bn, self.own = nn.BatchNorm1d(3), Custom()
+
+    model = Mixed()
+    before = snapshot(model)
+    table = px.convert(model, dry_run=True)
+    assert snapshot(model) == before
+    assert str(table) == "\n".join(
+        [
+            "module        class        served   why",
+            "net.conv      Conv2d       kernel",
+            "net.norm      GroupNorm    kernel",
+            "net.fc        Linear       kernel",
+            "net.ln        LayerNorm    kernel",
+            "net.token     Embedding    kernel",
+            "net.position  Embedding    kernel",
+            "net.head      Linear       kernel",
+            "stem          Linear       frozen",
+            f"bn            BatchNorm1d  refused  {BATCH}",
+            f"own           Custom       refused  {holds('scale')}",
+        ]
+    )
+    assert table[0] == px.Served("net.conv", "Conv2d", "kernel") and isinstance(table, px.ConversionTable)
+
+
+def test_dry_run_of_a_single_layer_and_of_a_converted_model():
+    assert str(px.convert(nn.Linear(2, 2), dry_run=True)) == "module    class   served  why\n(itself)  Linear  kernel"
+    model = mlp()
+    expected = str(px.convert(model, dry_run=True))
+    assert str(px.convert(px.convert(model), dry_run=True)) == expected
+
+
+def test_convert_returns_the_model_and_prints_nothing(capsys):
+    model = mlp()
+    assert px.convert(model) is model
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_grown_after_conversion_is_converted_again():
+    model = px.convert(nn.Sequential(nn.Linear(5, 4)).double())
+    model.append(nn.Linear(4, 3).double())
+    px.convert(model)
+    backward(model, randn(4, 5), target=randn(4, 3, seed=1))
+    assert model._examples.total.item() == 4
+    assert all(p.sum_grad_squared is not None for p in model.parameters())

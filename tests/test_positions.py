@@ -1,0 +1,84 @@
+"""Indices that carry no batch: position ids are expanded, and asked about where they are ambiguous."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models import randn, weighted_sum
+from torch import nn
+
+import perexample as px
+from perexample.testing import assert_moments, oracle
+
+
+class Positions(nn.Module):
+    """A sum of token and position embeddings, and a head. Positions are as `shape` says."""
+
+    def __init__(self, shape, batched=None):
+        super().__init__()
+        self.token, self.position, self.head = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+        self.shape, self.batched = shape, batched
+
+    def forward(self, tokens):
+        ids = torch.arange(5)
+        ids = {"[T]": ids, "[1, T]": ids[None], "[B, T]": ids.expand(len(tokens), 5), "[T, 1]": ids[:, None]}[
+            self.shape
+        ]
+        h = self.position(ids)
+        return self.head(self.token(tokens) + (h.squeeze(-2) if self.shape == "[T, 1]" else h))
+
+
+def positions_case(batch, shape, batched=None):
+    torch.manual_seed(0)
+    model = px.convert(Positions(shape).double())
+    model.position.batched = batched
+    return model, torch.randint(0, 7, (batch, 5)), randn(batch, 5, 3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape", "batched"),
+    [
+        (4, "[T]", None),
+        (4, "[1, T]", None),
+        (4, "[B, T]", None),
+        (1, "[T]", None),
+        (1, "[1, T]", None),
+        (5, "[1, T]", None),
+        (5, "[B, T]", None),
+        (5, "[T]", False),
+        (4, "[T]", False),
+        (4, "[1, T]", False),
+        (1, "[1, T]", False),
+        (4, "[B, T]", True),
+        (0, "[T]", None),
+    ],
+)
+def test_position_ids_are_expanded_to_the_batch(batch, shape, batched):
+    model, tokens, y = positions_case(batch, shape, batched)
+    output = model(tokens)
+    assert output.shape == (batch, 5, 3)
+    weighted_sum(output, y).backward()
+    assert_moments(model, oracle(model, weighted_sum, tokens, y, reduction="sum"))
+
+
+def test_as_many_positions_as_examples_are_ambiguous():
+    model, tokens, y = positions_case(5, "[T]")
+    message = (
+        "position saw 5 indices in a batch of 5 examples: one for each example, or 5 positions without a batch? Set "
+        "its attribute: batched=True or batched=False"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(tokens)
+    model.position.batched = False
+    weighted_sum(model(tokens), y).backward()
+    assert_moments(model, oracle(model, weighted_sum, tokens, y, reduction="sum"))
+
+
+def test_batched_true_takes_one_index_per_example():
+    model = px.nn.Embedding(7, 3, batched=True, dtype=torch.float64)
+    px.convert(model)
+    indices, y = torch.tensor([3, 1, 3, 0]), randn(4, 3)
+    weighted_sum(model(indices), y).backward()
+    assert_moments(model, oracle(model, weighted_sum, indices, y, reduction="sum"))
