@@ -37,7 +37,7 @@ def main() -> None:
     _report.announce()
     try:
         gate(full)
-        step.table(full, seconds=10.0 if full else 6.0)
+        step.table(full, seconds=10.0 if full else 5.0)
         memory.table([work.name for work in workloads(full)])
         for name, module in KERNELS.items():
             _kernels.table(name, module.TITLE, module.cases(full), seconds=1.0 if full else 0.4)

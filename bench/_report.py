@@ -84,13 +84,21 @@ def ratio_table(title: str, rows: Sequence[Row]) -> None:
                 str(row["threads"]),
                 f"{row['stock_ms']:.3g}" if row["stock_ms"] < 100 else f"{row['stock_ms']:.0f}",
                 f"{row['ours_ms']:.3g}" if row["ours_ms"] < 100 else f"{row['ours_ms']:.0f}",
-                f"{row['ratio']:.2f}",
+                f"{row['ratio']:.2f}{'?' if disturbed(row) else ''}",
                 f"{row['low']:.2f}-{row['high']:.2f}",
                 verdict(row["ratio"], row["reach"]),
             )
             for row in rows
         ],
     )
+
+    if any(disturbed(row) for row in rows):
+        print("  ?: other programs were using cores that this needed; run it again on a quiet machine", flush=True)
+
+
+def disturbed(row: Row) -> bool:
+    """Whether other programs left fewer cores than the row has threads."""
+    return row["others"] is not None and row["others"] + row["threads"] > (os.cpu_count() or 1) + 0.2
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

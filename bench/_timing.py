@@ -20,7 +20,10 @@ SHORTEST_TURN = 0.004  # seconds; shorter programs are repeated within a turn
 
 
 class Ratio(NamedTuple):
-    """Time of ours over time of stock: median and 10 % and 90 % quantiles over the rounds, and both medians."""
+    """Time of ours over time of stock: median and 10 % and 90 % quantiles over the rounds, and both medians.
+
+    `others` says how many cores other programs kept busy meanwhile (None where the system does not tell).
+    """
 
     ratio: float
     low: float
@@ -28,6 +31,7 @@ class Ratio(NamedTuple):
     stock_ms: float
     ours_ms: float
     rounds: int
+    others: float | None
 
 
 def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: float, least_rounds: int = 7) -> Ratio:
@@ -46,6 +50,8 @@ def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: fl
             counter += 1
         return (time.perf_counter() - start) / repeats
 
+    before = _used_by_others()
+    began = time.perf_counter()
     with _no_collection():
         for program in (stock, ours):
             turn(program, 2)
@@ -57,6 +63,7 @@ def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: fl
         for _ in range(rounds):
             our_times.append(turn(ours, repeats))
             stock_times.append(turn(stock, repeats))
+    after, elapsed = _used_by_others(), time.perf_counter() - began
     ratios = sorted(2 * own / (stock_times[i] + stock_times[i + 1]) for i, own in enumerate(our_times))
     return Ratio(
         ratio=statistics.median(ratios),
@@ -65,7 +72,18 @@ def compare(stock: Callable[[int], Any], ours: Callable[[int], Any], seconds: fl
         stock_ms=1e3 * statistics.median(stock_times),
         ours_ms=1e3 * statistics.median(our_times),
         rounds=rounds,
+        others=None if before is None or after is None else round(max(0.0, after - before) / elapsed, 2),
     )
+
+
+def _used_by_others() -> float | None:
+    """Seconds of processor time that this process did not use, since the machine was started (Linux)."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq, stolen = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def rotation(make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -113,6 +112,7 @@ def draw(curves: list[Curve]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     rules = (PER_EXAMPLE, PER_BATCH)
     titles = (
@@ -149,7 +149,7 @@ def draw(curves: list[Curve]) -> None:
             panel.minorticks_off()
             panel.set_xlabel(f"examples seen\n\nspread of the final loss over B: {spread(chosen):.3f}")
         panels[0].set_ylabel("test loss")
-        handles = [plt.Line2D([], [], color=shade, linewidth=3.5) for shade in shades]
+        handles = [Line2D([], [], color=shade, linewidth=3.5) for shade in shades]
         labels = [f"B = {batch}" for batch in BATCH_SIZES]
         same = f"digits, MLP 64-48-10; at every B: η₀ = {RATE:g}, N⁰$_g$ = {N_G:,}, N⁰$_s$ = {N_S:,}"
         figure.legend(
@@ -201,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -598,6 +598,12 @@ double guard_slack(DType grad, double batch, int64_t rounds) {
          static_cast<double>(2 + rounds) * epsilon(grad);
 }
 
+// The same where the gradient is subnormal: half of the smallest number for every rounding.
+double guard_absolute(DType grad, int64_t rounds) {
+  constexpr double smallest[] = {0x1p-149, 0x0.0000000000001p-1022, 0x1p-133, 0x1p-24};
+  return static_cast<double>(1 + rounds) * smallest[static_cast<int>(grad)] / 2;
+}
+
 void adam_step_(const TensorList& params, const TensorList& grads,
                 const TensorList& sums_grad_squared, const TensorList& exp_avgs,
                 const TensorList& exp_avg_sqs, const Tensor examples_seen, const Tensor violations,
@@ -678,7 +684,8 @@ void adam_step_(const TensorList& params, const TensorList& grads,
     if (tensors.empty()) continue;
     adam.count = static_cast<int64_t>(tensors.size());
     adam.tensors = tensors.data();
-    adam.guard_slack = adam.guard_slack_half = guard_slack(grad, batch, guard_rounds);
+    adam.guard_slack = guard_slack(grad, batch, guard_rounds);
+    adam.guard_absolute = guard_absolute(grad, guard_rounds);
     cpu::kernels().adam_step(adam, parallel());
   }
   for (const Staging& staging : stagings) staging.finish();

@@ -24,7 +24,7 @@ template <class A>
 struct Constants {
   A keep_g, take_g, keep_s, take_s;  // 1 - kappa and kappa of MATHS (11)
   A grad_scale, square_scale, decay, step_size, eps;
-  A guard, guard_tiny;  // flag if g^2 > guard (sum_grad_squared + guard_tiny)
+  A guard, guard_tiny, guard_absolute;  // see kernels.h
 
   Constants(const Adam& a, const AdamTensor& t)
       : keep_g(static_cast<A>(1 - t.kappa_g)),
@@ -36,11 +36,11 @@ struct Constants {
         decay(static_cast<A>(1 - a.step_size * a.weight_decay)),
         step_size(static_cast<A>(a.step_size)),
         eps(static_cast<A>(a.eps)) {
-    bool half = t.grad_dtype == DType::bf16 || t.grad_dtype == DType::f16;
-    double slack = 1 + (half ? a.guard_slack_half : a.guard_slack);
+    double slack = 1 + a.guard_slack;
     double tiny = t.state_dtype == DType::f64 ? __DBL_MIN__ : __FLT_MIN__;
     guard = static_cast<A>(slack * slack * a.batch_size);
     guard_tiny = static_cast<A>(a.batch_size * tiny);
+    guard_absolute = static_cast<A>(a.guard_absolute);
   }
 };
 
@@ -59,7 +59,9 @@ bool update(const Constants<A>& c, int64_t n, A* __restrict param, const A* __re
       A sum = sum_grad_squared[i];
       square = c.square_scale * sum;
       Flag finite = g - g == 0;
-      Flag above = g * g > c.guard * (sum + c.guard_tiny);
+      A excess = (g < 0 ? -g : g) - c.guard_absolute;
+      excess = excess > 0 ? excess : A{0};
+      Flag above = excess * excess > c.guard * (sum + c.guard_tiny);
       flagged |= finite & above;
     } else {
       square = mean * mean;

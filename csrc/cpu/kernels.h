@@ -148,16 +148,17 @@ struct AdamTensor {
 //   exp_avg    = (1 - kappa_g) exp_avg + kappa_g ghat
 //   exp_avg_sq = (1 - kappa_s) exp_avg_sq + kappa_s s
 //   param      = (1 - step_size weight_decay) param - step_size exp_avg / (sqrt(exp_avg_sq) + eps)
-// The guard flags a finite g = grad with  g^2 > (1 + guard_slack)^2 B (sum_grad_squared + B tiny),
-// tiny the smallest normal number of sum_grad_squared's dtype.
+// The guard flags a finite g = grad with
+//   max(|g| - guard_absolute, 0)^2 > (1 + guard_slack)^2 B (sum_grad_squared + B tiny),
+// tiny the smallest normal number of sum_grad_squared's dtype. All gradients of a call have one
+// dtype.
 struct Adam {
   int64_t count;
   const AdamTensor* tensors;
   double batch_size;
   double grad_scale, square_scale;  // grad_scale carries the sign of `maximize`
   double step_size, weight_decay, eps;
-  double guard_slack;       // for float32 and float64 gradients
-  double guard_slack_half;  // for bfloat16 and float16 gradients
+  double guard_slack, guard_absolute;  // what rounding explains
 };
 
 struct Kernels {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perexample import ops
-from perexample.ops.adam import _guard_slack
+from perexample.ops.adam import _guard_absolute, _guard_slack
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GUARD = 16
@@ -172,6 +172,7 @@ def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violat
     scalars = [batch, inverse / (1 if mean_reduction else batch) * (-1 if maximize else 1)]
     scalars += [inverse**2 * (batch if mean_reduction else 1 / batch), batch * float(lr), weight_decay, eps]
     slack = float(_guard_slack(grads[0].dtype, torch.tensor(batch), guard_rounds)) if grads else 0.0
+    absolute = _guard_absolute(grads[0].dtype, guard_rounds) if grads else 0.0
     before = [t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)]
     results = []
     for threads, order in RUNS:
@@ -185,7 +186,7 @@ def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violat
             arrays = (p, g, sums[i] if sums else None, m, v)
             pointers += [*(None if t is None else t.data_ptr() for t in arrays), flag]
             reals += [min(1.0, batch / min(float(examples_seen[i]) + batch, n)) for n in (n_g, n_s)]
-        call("adam_step_", integers, pointers, [*reals, *scalars, slack, slack], threads, order)
+        call("adam_step_", integers, pointers, [*reals, *scalars, slack, absolute], threads, order)
         results.append([t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)])
     for other in results[1:]:
         assert same_bits(other, results[0]), "adam_step_: bits differ"

@@ -60,7 +60,8 @@ def _reference(
             if guard_rounds > 0:
                 bound = batch * (sums_grad_squared[i].double() + batch * torch.finfo(sums_grad_squared[i].dtype).tiny)
                 slack = _guard_slack(grad.dtype, batch, guard_rounds)
-                wrong = (raw.double().square() > (1 + slack) ** 2 * bound) & raw.isfinite()
+                excess = (raw.double().abs() - _guard_absolute(grad.dtype, guard_rounds)).clamp(min=0)
+                wrong = (excess.square() > (1 + slack) ** 2 * bound) & raw.isfinite()
                 violations[i].copy_((violations[i] != 0) | (wrong.any() & proceed))
         else:
             square = mean.square()
@@ -82,6 +83,11 @@ def _guard_slack(dtype: torch.dtype, batch: Tensor, rounds: int) -> Tensor:
     """
     accumulated = (batch + 16) * torch.finfo(accumulate_dtype(dtype)).eps
     return accumulated + (2 + rounds) * torch.finfo(dtype).eps
+
+
+def _guard_absolute(dtype: torch.dtype, rounds: int) -> float:
+    """The same where the gradient is subnormal: half of the smallest number for every rounding."""
+    return (1 + rounds) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
 def _fake(*args: object, **kwargs: object) -> None:
