@@ -69,16 +69,12 @@ def cases(full: bool) -> list[_kernels.Case]:
     """The default shapes, and with `full` more of them."""
     shapes = [(128, 1), (128, 8), (32, 32), (8, 64), (8, 128)]
     sizes = [(768, 768)]
-    dtypes = [torch.float32]
     if full:
         shapes = [(128, 1), (512, 1), (128, 2), (128, 4), (128, 8), (64, 16), (32, 32), (16, 64), (8, 128), (2, 1024)]
         sizes = [(768, 768), (768, 3072), (3072, 768), (1024, 1024), (512, 1536)]
-        dtypes = [torch.float32, torch.bfloat16]
-    return [
-        _case(*shape, *size, dtype, peers=full and size == (768, 768) and dtype == torch.float32)
-        for dtype in dtypes
-        for size in sizes
-        for shape in shapes
+    half = [_case(*shape, 768, 3072, torch.bfloat16, peers=False) for shape in shapes] if full else []
+    return half + [
+        _case(*shape, *size, torch.float32, peers=full and size == (768, 768)) for size in sizes for shape in shapes
     ]
 
 
