@@ -38,7 +38,7 @@ FOLDED = (
 )
 TWICE = (
     "a was called twice in one forward pass: the uses of its 'weight' have to be added per example before squaring, "
-    "which is not supported yet; use a layer of its own for each call, or px.no_moments()"
+    "which is not supported yet; use a layer of its own for each call"
 )
 FEW_DIMS = (
     "a: expected an input of at least 2 dimensions with the batch first, got shape (5,); add the batch dimension, or "

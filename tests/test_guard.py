@@ -194,7 +194,7 @@ class TestLegitimate:
     @pytest.mark.parametrize("batch", [1, 3])
     def test_accumulation(self, dtype, micro_batches, batch):
         model = px.convert(mlp(dtype))
-        opt = adam(model)
+        opt = px.optim.Adam(model.parameters(), lr=1e-6, n_g=1000, n_s=1000)
         for _ in range(micro_batches):
             loss = half_square_mean(model(X[:1].to(dtype).expand(batch, 5)), Y[:1].to(dtype).expand(batch, 3))
             (loss / micro_batches).backward()

@@ -31,7 +31,16 @@ def run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = Non
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tracked sources, so that building leaves no trace."""
     target = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc", "pysrc", "triton_kernels"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "csrc",
+        "pysrc",
+        "triton_kernels",
+    ):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=ignored)
@@ -93,7 +102,10 @@ def test_a_broken_extension_raises(installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("1", "PEREXAMPLE_BUILD_CUDA=1, but missing: "), ("yes", "PEREXAMPLE_BUILD_CUDA must be 0, 1 or unset, got 'yes'")],
+    [
+        ("1", "PEREXAMPLE_BUILD_CUDA=1, but missing: "),
+        ("yes", "PEREXAMPLE_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
 )
 def test_the_cuda_switch_fails_loudly(source: Path, value: str, message: str) -> None:
     env = {**os.environ, "PEREXAMPLE_BUILD_CUDA": value}

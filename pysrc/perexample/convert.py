@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import autograd
 from . import nn as px_nn
-from .moments import ExampleCount, MomentModule, _Mode
+from .moments import ExampleCount, MomentModule, _Mode, overlap
 from .nn.embedding import unsupported_embedding
 
 __all__ = ["ConversionTable", "Served", "convert"]
@@ -117,7 +117,7 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> nn.Module | Conversio
         if "_perexample_root" in module.__dict__:
             module._examples = examples
             module._name = name
-    examples.rooted = True
+            examples.add_root(name)
     return model
 
 
@@ -157,6 +157,13 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
     if isinstance(module, nn.Embedding) and type(module) in (nn.Embedding, px_nn.Embedding):
         return unsupported_embedding(module)
     if type(module) in LAYERS or isinstance(module, MomentModule):
+        for name in ("weight", "bias"):
+            if module._parameters.get(name) is None and getattr(module, name, None) is not None:
+                return (
+                    f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning, ...); "
+                    "remove that "
+                    f"before converting"
+                )
         return ""
     names = ", ".join(name for name, p in module._parameters.items() if p is not None)
     return (
@@ -205,17 +212,33 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Forward pre-hook of a converted model: remember the batch size of the pass that begins."""
     examples: ExampleCount = module._examples  # type: ignore[assignment]
     root = module.__dict__.get("_name", "")
-    if examples.batch is not None and examples.root != root:
-        return  # part of a pass under way
+    eager = not torch.compiler.is_compiling()
+    if examples.batch is not None:
+        if examples.root != root:
+            if eager:
+                examples.nested[root] = 1
+            return  # part of a pass under way
+        if eager:
+            examples.batch = None
+            raise RuntimeError(
+                f"{type(module).__name__} was called inside of its own forward pass (or the last one was "
+                "interrupted; then "
+                f"call it again): the uses of its weights have to be added per example before squaring, which is not "
+                f"supported yet"
+            )
+    again = eager and torch._C._current_graph_task_id() != -1  # checkpointing, in backward
+    if again and root in examples.nested:
+        return  # counted by the pass that it was part of
     examples.root = root
     examples.batch = None
     examples.used = {}
-    examples.silent = {}
-    examples._in_round = False  # in case the last backward pass raised
     if not (torch.is_grad_enabled() and _Mode.enabled):
         return
-    if not torch.compiler.is_compiling():
-        examples.drop_cleared()
+    if not again:
+        examples._in_round = False  # in case the last backward pass raised
+        if eager:
+            examples.drop_cleared()
+            _refuse_chain(module, examples, root, _tensors((args, kwargs)))
     for tensor in _tensors((args, kwargs)):
         if tensor.dim() > 0:
             examples.batch = tensor.shape[0]
@@ -228,12 +251,34 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
 
 
+def _refuse_chain(module: nn.Module, examples: ExampleCount, root: str, inputs: Iterator[Tensor]) -> None:
+    """Raise where an input was computed by an earlier pass through the same weights: it would count examples twice."""
+    leaves = [examples.roots[name][0] for name in examples.root_names if overlap(name, root)]
+    pending = [tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if any(getattr(node, "variable", None) is leaf for leaf in leaves):
+            raise ValueError(
+                f"{type(module).__name__}: an input was computed by an earlier forward pass through the same "
+                "weights, so they are "
+                f"used twice for one example; their uses have to be added per example before squaring, which is not "
+                "supported yet: detach the input, or make both calls inside of the forward of one converted model, "
+                "with "
+                f"a layer of its own for each"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a converted model: let the outputs carry the example count backward."""
     examples: ExampleCount = module._examples  # type: ignore[assignment]
     if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
         return None
-    batch, tracked = examples.batch, bool(examples.used or examples.silent)
+    batch, tracked = examples.batch, any(examples.used.values())
     examples.batch = None
     examples.used = {}
     if not (module.training or tracked):

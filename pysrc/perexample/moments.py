@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = ["ExampleCount", "Moment", "MomentModule", "accumulate_dtype", "moment_of", "no_moments"]
 
@@ -80,12 +83,15 @@ class Moment:
         "__weakref__",
         "base",
         "examples",
+        "grad_rounds",
         "handles",
         "leaf",
+        "leaf_rounds",
         "live",
         "name",
         "owner",
         "parameter_name",
+        "roots",
         "uses",
         "version",
     )
@@ -94,8 +100,10 @@ class Moment:
         self.owner = weakref.ref(owner)
         self.parameter_name = parameter_name
         self.leaf: Tensor | None = None
-        self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses, where Python can't (`_leaves`)
+        self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses
         self.live = False
+        self.leaf_rounds = self.grad_rounds = 0  # backward passes accumulated in the leaf, and in p.grad
+        self.roots: tuple[str, ...] = ()  # the converted models that contain the parameter
         self.version: tuple[int, int] | None = None  # of p.grad, when this library last saw it
         self.base: Base | None = None
         self.handles: list[Any] = []
@@ -129,6 +137,7 @@ class Moment:
             self.leaf = leaf
             self.uses = torch.zeros((), device=p.device, requires_grad=True)
             self.live = False
+            self.leaf_rounds = 0
         if moment_of(p) is not self:
             for handle in self.handles:
                 handle.remove()
@@ -155,21 +164,24 @@ class Moment:
         self.examples.uncounted = self.name
 
     def used_again(self) -> bool:
-        """Whether compiled code used the parameter more often than there were forward passes."""
-        if self.uses is None or self.uses.grad is None or self.examples.passes is None:
+        """Whether the parameter was used more often than there were forward passes (backward ones, if uncounted)."""
+        if self.uses is None or self.uses.grad is None:
             return False
-        passes = self.examples.passes.grad
+        passes = self.examples.passes_of(self.roots) if self.examples.roots else self.examples.rounds
         return passes is not None and bool(self.uses.grad > passes)
 
     def _before_leaf(self, grad: Tensor) -> None:
         self.examples.begin_round()
+        self.examples.touched = self.name
         self.live = True
+        self.leaf_rounds += 1
 
     def _before_parameter(self, grad: Tensor) -> None:
         self.examples.begin_round()
 
     def _after_parameter(self, p: Tensor) -> None:
         self.version = None if p.grad is None else _version(p.grad)
+        self.grad_rounds += 1
 
     def current(self) -> Tensor | None:
         """The second moment that belongs to the present ``p.grad``, or None."""
@@ -189,10 +201,10 @@ class ExampleCount:
 
     def __init__(self) -> None:
         self.batch: int | None = None  # examples of the forward pass under way; None outside of one
-        self.used: dict[str, int] = {}  # the parameters that it has used so far
-        self.silent: dict[str, int] = {}  # how often it used each without gradients (reentrant checkpointing)
+        self.used: dict[str, bool] = {}  # the parameters that it has used so far, and whether with second moments
         self.root = ""  # name of the module that began the pass
         self.rooted = False  # whether a converted model counts here at all
+        self.nested: dict[str, int] = {}  # converted parts that were called inside of a pass
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
         self.last_batch = 0
         self.rounds = 0  # backward passes since the count was cleared
@@ -200,48 +212,78 @@ class ExampleCount:
         self._reset()
 
     def _reset(self) -> None:
-        self.leaf: Tensor | None = None  # its gradient is the number of examples
-        self.passes: Tensor | None = None  # its gradient is the number of forward passes that they came in
+        # By the name of each converted model or part: leaves whose gradients are the number of examples, and the
+        # number of forward passes that they came in.
+        self.roots: dict[str, tuple[Tensor, Tensor]] = {}
+        self.root_names: list[str] = []
+        self.touched = ""  # a parameter that the backward pass under way has reached
+        self.counted = False  # whether that pass has reached a count
+        self._task = -1
         self.moments: list[weakref.ref[Moment]] = []
         self._in_round = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rooted": self.rooted}
+        return {"rooted": self.rooted, "root_names": self.root_names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.rooted = state["rooted"]
+        self.root_names = state["root_names"]
 
     def add(self, moment: Moment) -> None:
         self.moments = [ref for ref in self.moments if ref() not in (None, moment)]
         self.moments.append(weakref.ref(moment))
+        self._place(moment)
+
+    def add_root(self, name: str) -> None:
+        """Count what passes through the converted model or part called `name`."""
+        self.rooted = True
+        if name not in self.root_names:
+            self.root_names = [*self.root_names, name]
+        for ref in self.moments:
+            moment = ref()
+            if moment is not None:
+                self._place(moment)
+                if moment.leaf is not None:
+                    self.follow(moment.leaf.device)
+
+    def _place(self, moment: Moment) -> None:
+        moment.roots = tuple(root for root in self.root_names if overlap(root, moment.name))
 
     def follow(self, device: torch.device) -> None:
-        """Keep the count where the parameters are."""
-        if self.leaf is None or (self.leaf.device != device and self.leaf.grad is None):
-            # MPS has no float64; float32 counts exactly up to 2**24 examples a step.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.leaf = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-            self.leaf.register_hook(self._before_count)
-            self.passes = torch.zeros((), device=device, requires_grad=True)
+        """Keep the counts where the parameters are."""
+        for name in self.root_names:
+            old = self.roots.get(name)
+            if old is None or (old[0].device != device and old[0].grad is None):
+                # MPS has no float64; float32 counts exactly up to 2**24 examples a step.
+                dtype = torch.float32 if device.type == "mps" else torch.float64
+                leaf = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+                leaf.register_hook(self._before_count)
+                self.roots[name] = leaf, torch.zeros((), device=device, requires_grad=True)
 
     def _before_count(self, grad: Tensor) -> None:
         self.begin_round()
+        self.counted = True
         self.forward_pending = False
 
     def begin_round(self) -> None:
         """Called by every hook of a backward pass; acts in the first one only.
 
-        A pass lasts until the engine says so: reentrant checkpointing runs backward passes inside of one.
+        A pass lasts until the engine says so: reentrant checkpointing runs backward passes inside of one. One that
+        raised never says so; then the next forward pass of the model does, or without a model the next backward pass.
         """
-        if not self._in_round:
-            self._in_round = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
-            self.drop_cleared()
-            self.rounds += 1
+        task = torch._C._current_graph_task_id()
+        if self._in_round and (self.rooted or task == self._task):
+            return
+        self._in_round, self._task, self.touched, self.counted = True, task, "", False
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
+        self.drop_cleared()
+        self.rounds += 1
 
     def _end_round(self) -> None:
         self._in_round = False
+        if self.rooted and self.touched and not self.counted:
+            self.uncounted = self.touched
 
     def alive(self) -> list[Moment]:
         return [m for ref in self.moments if (m := ref()) is not None and m.live]
@@ -249,8 +291,13 @@ class ExampleCount:
     def drop_cleared(self, candidates: Iterable[Moment] | None = None) -> None:
         """Drop the second moments (of `candidates`, or all) whose ``p.grad`` was cleared since they were made."""
         cleared, changed = [], []
-        for moment in self.alive() if candidates is None else candidates:
-            if moment.live:
+        if candidates is None:
+            candidates = [m for ref in self.moments if (m := ref()) is not None]
+            everything = True
+        else:
+            everything = False
+        for moment in candidates:
+            if moment.live or moment.grad_rounds:
                 owner = moment.owner()  # spelled out: this runs for every parameter in every step
                 p = None if owner is None else owner._parameters.get(moment.parameter_name)
                 grad = None if p is None else p.grad
@@ -266,7 +313,7 @@ class ExampleCount:
                     cleared.append(moment)
                 moment.version = _version(grad)
         self.drop(cleared)
-        if candidates is None and not self.alive():
+        if everything and not self.alive():
             self.clear()
 
     def drop(self, moments: Iterable[Moment]) -> None:
@@ -274,21 +321,25 @@ class ExampleCount:
         dropped = []
         for moment in moments:
             moment.live = False
+            moment.leaf_rounds = moment.grad_rounds = 0
             if moment.leaf is not None and moment.uses is not None:
                 moment.leaf.grad = moment.uses.grad = None
             dropped.append(moment)
         if not dropped:
             return
         if self.alive():
-            base = None if self.total is None else Base(self.total.clone(), self.rounds)
+            bases: dict[tuple[str, ...], Base | None] = {}
             for moment in dropped:
-                moment.base = base
+                if moment.roots not in bases:
+                    total = self.total_of(moment.roots)
+                    bases[moment.roots] = None if total is None else Base(total.clone(), self.rounds)
+                moment.base = bases[moment.roots]
         else:
             self.clear()
 
     def clear(self) -> None:
-        if self.leaf is not None and self.passes is not None:
-            self.leaf.grad = self.passes.grad = None
+        for leaf, passes in self.roots.values():
+            leaf.grad = passes.grad = None
         self.rounds = 0
         self.uncounted = ""
         for ref in self.moments:
@@ -300,14 +351,45 @@ class ExampleCount:
         return self.rounds - (0 if base is None else base.rounds)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """What `autograd.count_examples` takes: the leaves of the examples and of the passes."""
-        assert self.leaf is not None and self.passes is not None
-        return self.leaf, self.passes
+        """What `autograd.count_examples` takes: the leaves of the model whose pass is under way."""
+        return self.roots[self.root]
+
+    def total_of(self, roots: Iterable[str]) -> Tensor | None:
+        """The examples that passed through any of `roots` since the last clearing: a scalar on the device, or None."""
+        return _sum_or_none(self.roots[root][0].grad for root in roots if root in self.roots)
+
+    def passes_of(self, roots: Iterable[str]) -> Tensor | None:
+        return _sum_or_none(self.roots[root][1].grad for root in roots if root in self.roots)
 
     @property
     def total(self) -> Tensor | None:
-        """The examples counted since the last clearing: a scalar on the device, or None."""
-        return None if self.leaf is None else self.leaf.grad
+        """The examples counted since the last clearing, wherever: a scalar on the device, or None."""
+        return self.total_of(self.root_names)
+
+
+def _sum_or_none(values: Iterable[Tensor | None]) -> Tensor | None:
+    total = None
+    for value in values:
+        if value is not None:
+            total = value if total is None else total + value
+    return total
+
+
+def overlap(first: str, second: str) -> bool:
+    """Whether one of two dotted names is inside of the other; "" is the whole."""
+    short, long = sorted((first, second), key=len)
+    return not short or short == long or long.startswith(f"{short}.")
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint(use_reentrant=True) is running the caller, without gradients."""
+    code = CheckpointFunction.forward.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _sum_grad_squared(p: nn.Parameter) -> Tensor | None:
@@ -415,23 +497,27 @@ class MomentModule(nn.Module):
         return torch.is_grad_enabled()
 
     def _recording(self, *names: str) -> bool:
-        if not (self.training and _Mode.enabled):
-            return False
-        trainable = False
+        trainable = []
         for name in names:
             p = self._parameters.get(name)
             if p is not None and p.requires_grad:
-                trainable = True
-        if trainable and not torch.is_grad_enabled():
-            # Reentrant checkpointing runs forward without gradients here, and again in backward.
-            examples = self._examples
-            if examples.batch is None:
-                return False
-            for name in names:
-                moment = self._moments.get(name)
-                if moment is not None:
-                    examples.silent[moment.name] = examples.silent.get(moment.name, 0) + 1
-        return trainable
+                trainable.append(name)
+        if not trainable:
+            return False
+        recording = self.training and _Mode.enabled
+        if recording and torch.is_grad_enabled():
+            return True
+        if torch.compiler.is_compiling() or self._examples.batch is None:
+            return False
+        if torch.is_grad_enabled():
+            for name in trainable:
+                self._note_use(name, False)
+        elif recording and in_reentrant_checkpoint():
+            # It runs forward without gradients here, and again with them in backward.
+            for name in trainable:
+                self._note_use(name, True)
+            return True
+        return False
 
     def _label(self) -> str:
         return f"{self.__dict__.get('_name') or type(self).__name__}"
@@ -453,50 +539,54 @@ class MomentModule(nn.Module):
 
     def _leaves(self, *names: str) -> list[Tensor | None]:
         """What a Function takes beside the parameters: their leaves (None for what is absent or frozen), and last the
-        leaf that counts uses, or None where a second use in one pass has been ruled out here.
+        leaf that counts uses.
         """
-        examples = self._examples
-        compiling = torch.compiler.is_compiling()
         leaves: list[Tensor | None] = []
         uses = None
         for name in names:
             p = self._parameters.get(name)
-            if p is not None and p.requires_grad and name not in self._moments:
-                self._bind(name)
-            moment = self._moments.get(name)
-            if moment is None:
+            if p is None:
+                value = getattr(self, name, None)
+                if value is not None and value.requires_grad:
+                    self._refuse_computed(name)
                 leaves.append(None)
-                continue
-            if p is None or not p.requires_grad:
-                if p is None and getattr(self, name, None) is not None:
-                    raise ValueError(
-                        f"{self._label()}: '{name}' is no longer a plain parameter (a parametrization, or a tensor "
-                        "put in "
-                        f"its place); remove it, or use px.no_moments()"
-                    )
+            elif not p.requires_grad:
                 leaves.append(None)
-                continue
-            leaf = moment.leaf
-            if compiling:
-                # Inside torch.compile nothing may be noted down here (checkpointing forbids it): the uses are counted
-                # by autograd, and the optimizer compares.
+            else:
+                if name not in self._moments:
+                    self._bind(name)
+                moment = self._moments[name]
                 uses = moment.uses
-            elif examples.batch is not None:
-                if moment.name in examples.used:
-                    self._refuse_reuse(name)
-                examples.used[moment.name] = 1
-            elif torch._C._current_graph_task_id() != -1:
-                # Run again by checkpointing, in backward.
-                if examples.silent.get(moment.name, 0) > 1:
-                    self._refuse_reuse(name)
-            elif examples.rooted:
-                leaf = moment.uncounted_leaf()
-            leaves.append(leaf)
+                # Inside torch.compile nothing may be noted down (checkpointing forbids it): there the uses are
+                # counted by autograd alone, and the optimizer compares.
+                leaves.append(moment.leaf if torch.compiler.is_compiling() else self._eager_leaf(name, p, moment))
         return [*leaves, uses]
 
-    def _refuse_reuse(self, name: str) -> None:
+    def _eager_leaf(self, name: str, p: Tensor, moment: Moment) -> Tensor | None:
+        if moment_of(p) is not moment:
+            if not isinstance(p, nn.Parameter):
+                self._refuse_computed(name)
+            self._bind(name)
+        if self._examples.batch is not None:
+            self._note_use(name, True)
+        elif self._examples.rooted and torch._C._current_graph_task_id() == -1:
+            return moment.uncounted_leaf()
+        return moment.leaf
+
+    def _refuse_computed(self, name: str) -> NoReturn:
         raise ValueError(
-            f"{self._label()} was called twice in one forward pass: the uses of its '{name}' have to be added per "
-            "example "
-            f"before squaring, which is not supported yet; use a layer of its own for each call, or px.no_moments()"
+            f"{self._label()}: '{name}' is no longer a plain parameter (a parametrization, or a tensor put in its "
+            "place); "
+            f"remove it, or use px.no_moments()"
         )
+
+    def _note_use(self, name: str, with_moments: bool) -> None:
+        """Note a use in the pass under way; two uses are refused, unless neither makes a second moment."""
+        key = self._moments[name].name if name in self._moments else f"{self._label()}.{name}"
+        used = self._examples.used
+        if key in used and (with_moments or used[key]):
+            raise ValueError(
+                f"{self._label()} was called twice in one forward pass: the uses of its '{name}' have to be added per "
+                f"example before squaring, which is not supported yet; use a layer of its own for each call"
+            )
+        used[key] = with_moments

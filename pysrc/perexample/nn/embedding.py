@@ -22,7 +22,8 @@ class Embedding(MomentModule, nn.Embedding):
 
     Attributes:
         batched: None, to tell by the shape; True: dimension 0 is the batch; False: there is none, expand. Has to be
-            set where one-dimensional indices are as many as the examples, which could mean either.
+            set where one-dimensional indices are as many as the examples, or a multiple and not consecutive (inside
+            torch.compile: any multiple), which could mean either.
 
     Raises:
         ValueError: for `max_norm`, `scale_grad_by_freq`, `sparse`, which have no per-example gradient here.
@@ -54,11 +55,12 @@ class Embedding(MomentModule, nn.Embedding):
         if self.batched is False:
             bare = indices.squeeze(0) if indices.dim() > 1 and first == 1 else indices
             return bare.expand(batch, *bare.shape)
-        if indices.dim() == 1 and first == batch and batch > 1:
+        if indices.dim() == 1 and batch > 1 and first % batch == 0 and (first == batch or not _consecutive(indices)):
             raise ValueError(
-                f"{self._label()} saw {first} indices in a batch of {batch} examples: one for each example, or "
-                f"{first} positions "
-                f"without a batch? Set its attribute: batched=True or batched=False"
+                f"{self._label()} saw {first} indices in a batch of {batch} examples: do they belong to the "
+                "examples, or are "
+                "they positions without a batch? Set its attribute: batched=True (dimension 0 is the batch) or "
+                "batched=False"
             )
         if indices.dim() == 1 and first != batch:
             return indices.expand(batch, first)
@@ -66,6 +68,11 @@ class Embedding(MomentModule, nn.Embedding):
             return indices.expand(batch, *indices.shape[1:])
         self._check_batch(indices, 1)
         return indices
+
+
+def _consecutive(indices: Tensor) -> bool:
+    """Whether the indices are positions, a, a + 1, a + 2, ...; what compiled code cannot ask."""
+    return not torch.compiler.is_compiling() and bool((indices.diff() == 1).all())
 
 
 def unsupported_embedding(module: nn.Embedding) -> str:

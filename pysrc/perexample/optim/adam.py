@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..moments import Base, ExampleCount, Moment, accumulate_dtype, moment_of
+from ..moments import ExampleCount, Moment, accumulate_dtype, moment_of
 
 __all__ = ["Adam"]
 
@@ -238,10 +238,11 @@ class Adam(Optimizer):
                 if per_example and second is None:
                     continue
                 examples, base = (None, None) if moment is None else (moment.examples, moment.base)
-                key = (number, p.device, id(examples), id(base))
+                roots = () if moment is None else moment.roots
+                key = (number, p.device, id(examples), roots, id(base))
                 bucket = buckets.get(key)
                 if bucket is None:
-                    total = batch_size if batch_size is not None else self._counted(p, group, examples, base)
+                    total = batch_size if batch_size is not None else self._counted(p, group, moment)
                     rounds = 1 if examples is None else examples.rounds_since(base)
                     bucket = buckets[key] = _Bucket(group, examples, total, rounds, [], [], [])
                 bucket.params.append(p)
@@ -253,14 +254,23 @@ class Adam(Optimizer):
                 f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter "
                 f"has a gradient; call loss.backward() before step()"
             )
-        self._warn_beyond_horizon(batch_size, buckets.values())
+        self._warn_beyond_horizon(buckets.values())
         return list(buckets.values())
 
     def _second_moment(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> Tensor | None:
         if moment is not None and moment.live and moment.leaf is not None:
             second = moment.leaf.grad
             if second is not None:
-                if moment.used_again():
+                if moment.leaf_rounds != moment.grad_rounds:
+                    raise RuntimeError(
+                        f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} was accumulated in "
+                        f"{moment.grad_rounds} backward passes, its second moment in {moment.leaf_rounds}: some ran "
+                        "in eval "
+                        "mode, under px.no_moments(), past the layer, with backward(inputs=...), or before a change "
+                        "of "
+                        f"dtype or device; clear the gradients and accumulate all in one way"
+                    )
+                if not moment.examples.uncounted and moment.used_again():
                     raise RuntimeError(
                         f"{type(self).__name__}.step: {self._name_of(p, group)} was used more than once in one forward "
                         f"pass: its uses have to be added per example before squaring, which is not supported yet; use "
@@ -275,8 +285,10 @@ class Adam(Optimizer):
             f"weight, say); run the layer itself in training mode"
         )
 
-    def _counted(self, p: Tensor, group: dict[str, Any], examples: ExampleCount | None, base: Base | None) -> Tensor:
-        total = None if examples is None else examples.total
+    def _counted(self, p: Tensor, group: dict[str, Any], moment: Moment | None) -> Tensor:
+        examples = None if moment is None else moment.examples
+        base = None if moment is None else moment.base
+        total = None if examples is None or moment is None else examples.total_of(moment.roots)
         if examples is not None and examples.uncounted and total is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the "
@@ -292,13 +304,13 @@ class Adam(Optimizer):
             )
         return total if base is None else total - base.total
 
-    def _warn_beyond_horizon(self, batch_size: Tensor | None, buckets: Iterable[_Bucket]) -> None:
+    def _warn_beyond_horizon(self, buckets: Iterable[_Bucket]) -> None:
         """MATHS (12): beyond N nothing is averaged, and batch-size invariance ends. Said once, from host values."""
         if self._warned:
             return
         for bucket in buckets:
-            if batch_size is not None and batch_size.device.type == "cpu":
-                size = int(batch_size)
+            if bucket.batch_size.device.type == "cpu":
+                size = int(bucket.batch_size)
             else:
                 size = 0 if bucket.examples is None else bucket.examples.last_batch
             horizon = min(bucket.group["n_g"], bucket.group["n_s"])
@@ -360,7 +372,9 @@ class Adam(Optimizer):
         """The example counts of `params` as one tensor, of which the states hold the elements."""
         key = tuple(map(id, params))
         packed = self._packed.get(key)
-        if packed is None or states[0]["examples"]._base is not packed:
+        if packed is None or any(state["examples"]._base is not packed for state in states):
+            if len(self._packed) > 32:
+                self._packed.clear()
             packed = torch.stack([state["examples"] for state in states])
             for state, element in zip(states, packed.unbind(), strict=True):
                 state["examples"] = element
@@ -409,7 +423,7 @@ class Adam(Optimizer):
                 if moment is not None:
                     touched.setdefault(id(moment.examples), (moment.examples, []))[1].append(moment)
         for examples, moments in touched.values():
-            examples.drop(moment for moment in moments if moment.live)
+            examples.drop(moments)
             if not examples.alive():
                 examples.clear()
 
