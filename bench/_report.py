@@ -48,10 +48,10 @@ def _cpu_model() -> str:
 
 
 def save(benchmark: str, rows: Sequence[Row]) -> None:
-    """Append `rows` to bench/results/BENCHMARK.jsonl."""
+    """Write `rows` to bench/results/BENCHMARK.jsonl, in place of the last run's."""
     RESULTS.mkdir(exist_ok=True)
     about = facts()
-    with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
+    with (RESULTS / f"{benchmark}.jsonl").open("w") as file:
         for row in rows:
             file.write(json.dumps({"benchmark": benchmark, **row, **about}) + "\n")
 

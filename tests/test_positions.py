@@ -66,8 +66,8 @@ def test_position_ids_are_expanded_to_the_batch(batch, shape, batched):
 def test_as_many_positions_as_examples_are_ambiguous():
     model, tokens, y = positions_case(5, "[T]")
     message = (
-        "position saw 5 indices in a batch of 5 examples: do they belong to the examples, or are they positions without "
-        "a batch? Set its attribute: batched=True (dimension 0 is the batch) or batched=False"
+        "position saw 5 indices in a batch of 5 examples: do they belong to the examples, or are they positions "
+        "without a batch? Set its attribute: batched=True (dimension 0 is the batch) or batched=False"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         model(tokens)

@@ -169,7 +169,7 @@ def test_a_second_use_is_refused_however_it_is_made(forward):
         parts(forward)(X.clone())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_second_use_in_compiled_code_is_refused_in_the_step():
     model = parts()
     compiled = torch.compile(model.dec, backend="aot_eager")
