@@ -12,7 +12,7 @@ _op = torch.ops.perexample.linear_moments
 
 
 def _reach(positions: int, dtype: torch.dtype) -> float | None:
-    """DESIGN 6, by what the kernels run on."""
+    """What has been set as the goal, by what the kernels run on."""
     capability = _report.capability()
     if dtype == torch.bfloat16:
         steps = {32: 1.10} if capability == "avx512_bf16" else {}

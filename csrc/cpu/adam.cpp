@@ -18,6 +18,8 @@ constexpr int64_t kPad = 64;         // elements to which a tensor's size is rou
 
 PX_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 PX_INLINE double square_root(double v) { return __builtin_sqrt(v); }
+PX_INLINE float absolute(float v) { return __builtin_fabsf(v); }
+PX_INLINE double absolute(double v) { return __builtin_fabs(v); }
 
 // The constants of one tensor, in the type of the arithmetic.
 template <class A>
@@ -59,10 +61,10 @@ bool update(const Constants<A>& c, int64_t n, A* __restrict param, const A* __re
       A sum = sum_grad_squared[i];
       square = c.square_scale * sum;
       Flag finite = g - g == 0;
-      A excess = (g < 0 ? -g : g) - c.guard_absolute;
-      excess = excess > 0 ? excess : A{0};
+      A excess = absolute(g) - c.guard_absolute;
+      Flag positive = excess > 0;  // no selection between values: GCC would not vectorise the loop
       Flag above = excess * excess > c.guard * (sum + c.guard_tiny);
-      flagged |= finite & above;
+      flagged |= finite & positive & above;
     } else {
       square = mean * mean;
     }
