@@ -163,13 +163,6 @@ class Moment:
         self.examples.begin_round()
         self.examples.uncounted = self.name
 
-    def used_again(self) -> bool:
-        """Whether the parameter was used more often than there were forward passes (backward ones, if uncounted)."""
-        if self.uses is None or self.uses.grad is None:
-            return False
-        passes = self.examples.passes_of(self.roots) if self.examples.roots else self.examples.rounds
-        return passes is not None and bool(self.uses.grad > passes)
-
     def _before_leaf(self, grad: Tensor) -> None:
         self.examples.begin_round()
         self.examples.touched = self.name

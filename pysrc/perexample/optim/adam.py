@@ -27,6 +27,8 @@ class _Bucket(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     sums: list[Tensor]
+    uses: list[Tensor]  # for each layer once: how often its parameters were used
+    users: list[Tensor]  # a parameter of that layer
 
 
 class Adam(Optimizer):
@@ -98,7 +100,7 @@ class Adam(Optimizer):
 
     def _prepare(self) -> None:
         self._packed: dict[tuple[int, ...], Tensor] = {}
-        self._pending_flags: list[tuple[Tensor, Any, list[Tensor]]] = []
+        self._pending_flags: list[tuple[Tensor, Any, list[Tensor], str]] = []
         self._warned = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,7 +193,7 @@ class Adam(Optimizer):
         return loss
 
     def _step(self, batch_size: Tensor | None) -> None:
-        self._raise_flagged(wait=False)
+        self._raise_flagged()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         buckets = self._collect(batch_size)
         if found_inf is not None and grad_scale is None and any(bucket.sums for bucket in buckets):
@@ -201,7 +203,7 @@ class Adam(Optimizer):
             )
         for bucket in buckets:
             self._update(bucket, grad_scale, found_inf)
-        self._raise_flagged(wait=False)
+        self._raise_flagged()
 
     def _as_batch_size(self, batch_size: int | Tensor | None) -> Tensor | None:
         if batch_size is None:
@@ -226,6 +228,7 @@ class Adam(Optimizer):
         buckets: dict[tuple[Any, ...], _Bucket] = {}
         for number, (group, row) in enumerate(zip(self.param_groups, moments, strict=True)):
             per_example = group["second_moment"] == "per_example"
+            last_uses: Tensor | None = None
             for p, moment in zip(group["params"], row, strict=True):
                 grad = p.grad
                 if grad is None:
@@ -244,18 +247,37 @@ class Adam(Optimizer):
                 if bucket is None:
                     total = batch_size if batch_size is not None else self._counted(p, group, moment)
                     rounds = 1 if examples is None else examples.rounds_since(base)
-                    bucket = buckets[key] = _Bucket(group, examples, total, rounds, [], [], [])
+                    bucket = buckets[key] = _Bucket(group, examples, total, rounds, [], [], [], [], [])
                 bucket.params.append(p)
                 bucket.grads.append(grad)
-                if second is not None:
+                if second is not None and moment is not None:
                     bucket.sums.append(second)
+                    uses = moment.uses
+                    if uses is not last_uses and uses is not None and uses.grad is not None:
+                        last_uses = uses
+                        bucket.uses.append(uses.grad)
+                        bucket.users.append(p)
         if not buckets and any(count.forward_pending for count in counts.values()):
             raise RuntimeError(
                 f"{type(self).__name__}.step: a forward pass was made, but its backward never came, so no parameter "
                 f"has a gradient; call loss.backward() before step()"
             )
+        for bucket in buckets.values():
+            self._check_uses(bucket)
+        self._raise_flagged()
         self._warn_beyond_horizon(buckets.values())
         return list(buckets.values())
+
+    def _check_uses(self, bucket: _Bucket) -> None:
+        """Flag the layers that were used more often than there were passes, which only autograd could count."""
+        examples = bucket.examples
+        if not bucket.uses or examples is None or examples.uncounted:
+            return
+        moment = moment_of(bucket.users[0])
+        assert moment is not None
+        passes = examples.passes_of(moment.roots) if examples.roots else examples.rounds
+        if passes is not None:
+            self._note_flags(torch.stack(bucket.uses) > passes, bucket.users, "uses")
 
     def _second_moment(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> Tensor | None:
         if moment is not None and moment.live and moment.leaf is not None:
@@ -269,12 +291,6 @@ class Adam(Optimizer):
                         "mode, under px.no_moments(), past the layer, with backward(inputs=...), or before a change "
                         "of "
                         f"dtype or device; clear the gradients and accumulate all in one way"
-                    )
-                if not moment.examples.uncounted and moment.used_again():
-                    raise RuntimeError(
-                        f"{type(self).__name__}.step: {self._name_of(p, group)} was used more than once in one forward "
-                        f"pass: its uses have to be added per example before squaring, which is not supported yet; use "
-                        f"a layer of its own for each call"
                     )
                 return second
         if moment is not None and not bool(grad.any()):
@@ -359,7 +375,7 @@ class Adam(Optimizer):
         # The kernel writes through raw pointers; a graph that saved these parameters has to notice.
         torch.autograd.graph.increment_version(params)
         if guarded:
-            self._note_flags(violations, params)
+            self._note_flags(violations, params, "guard")
 
     @staticmethod
     def _initialise(p: Tensor, state: dict[str, Any]) -> None:
@@ -381,36 +397,45 @@ class Adam(Optimizer):
             self._packed[key] = packed
         return packed
 
-    def _note_flags(self, violations: Tensor, params: list[Tensor]) -> None:
-        if violations.device.type == "cpu":
-            self._pending_flags.append((violations, None, params))
+    def _note_flags(self, flags: Tensor, params: list[Tensor], kind: str) -> None:
+        """Remember to raise for the flagged ones of `params`; on an accelerator the flags travel without a sync."""
+        if flags.device.type == "cpu":
+            self._pending_flags.append((flags, None, params, kind))
         elif not torch.cuda.is_current_stream_capturing():
             event = torch.cuda.Event()
-            flags = violations.to("cpu", non_blocking=True)
+            arriving = flags.to("cpu", non_blocking=True)
             event.record()
-            self._pending_flags.append((flags, event, params))
+            self._pending_flags.append((arriving, event, params, kind))
 
-    def _raise_flagged(self, wait: bool) -> None:
-        """Raise for what the guard flagged; on an accelerator only once the flags have arrived, a step late."""
-        waiting, flagged = [], []
-        for flags, event, params in self._pending_flags:
-            if event is not None and not wait and not event.query():
-                waiting.append((flags, event, params))
+    def _raise_flagged(self) -> None:
+        """Raise for what was flagged; on an accelerator only once the flags have arrived, a step late."""
+        waiting = []
+        flagged: dict[str, list[Tensor]] = {}
+        for entry in self._pending_flags:
+            flags, event, params, kind = entry
+            if event is not None and not event.query():
+                waiting.append(entry)
             elif bool(flags.any()):
-                flagged += [params[i] for i in flags.nonzero().flatten().tolist()]
-        self._pending_flags = waiting
-        if flagged:
-            self._pending_flags = []
+                flagged.setdefault(kind, []).extend(params[i] for i in flags.nonzero().flatten().tolist())
+        self._pending_flags = [] if flagged else waiting
+        for kind, params in flagged.items():
             groups = {id(p): group for group in self.param_groups for p in group["params"]}
-            names = ", ".join(self._name_of(p, groups[id(p)]) for p in flagged[:5])
-            more = f" and {len(flagged) - 5} more" if len(flagged) > 5 else ""
+            names = ", ".join(self._name_of(p, groups[id(p)]) for p in params[:5])
+            more = f" and {len(params) - 5} more" if len(params) > 5 else ""
+            if kind == "uses":
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: {names}{more} was used more than once in one forward pass: its "
+                    "uses have "
+                    f"to be added per example before squaring, which is not supported yet; use a layer of its own for "
+                    f"each call"
+                )
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {names}{more} is larger than its second moment allows "
-                "((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: "
-                "F.linear or F.conv2d on the "
-                "layer's weight, a hook or code that changed p.grad, a penalty on the weights in the loss (use "
-                "weight_decay, which "
-                f"is decoupled), a wrong batch_size. guard=False turns this check off. The step has been applied"
+                f"((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: "
+                f"F.linear or F.conv2d on the layer's weight, a hook or code that changed p.grad, a penalty on the "
+                "weights in the loss (use weight_decay, which is decoupled), a wrong batch_size. guard=False turns "
+                "this "
+                f"check off. The step has been applied"
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
