@@ -252,11 +252,17 @@ def test_a_tensor_in_place_of_the_weight_is_refused():
         px.convert(nn.Sequential(layer))
 
 
-def test_functional_call_is_refused():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_call_is_refused(compiled):
     model = parts()
     doubled = {name: 2 * p for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="'weight' is no longer a plain parameter"):
-        torch.func.functional_call(model, doubled, (X,))
+
+    def call(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,))
+
+    with pytest.raises(Exception, match="'weight' is no longer a plain parameter"):
+        (torch.compile(call, backend="aot_eager") if compiled else call)(doubled, X)
 
 
 def test_flattened_indices_are_asked_about_and_positions_are_not():

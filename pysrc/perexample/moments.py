@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from .ops._library import accumulate_dtype
+
 __all__ = ["ExampleCount", "Moment", "MomentModule", "accumulate_dtype", "moment_of", "no_moments"]
 
 
@@ -47,11 +49,6 @@ def no_moments() -> Iterator[None]:
         yield
     finally:
         _Mode.enabled = previous
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of second moments and of every accumulation: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def moment_of(p: Tensor) -> Moment | None:
@@ -284,12 +281,8 @@ class ExampleCount:
     def drop_cleared(self, candidates: Iterable[Moment] | None = None) -> None:
         """Drop the second moments (of `candidates`, or all) whose ``p.grad`` was cleared since they were made."""
         cleared, changed = [], []
-        if candidates is None:
-            candidates = [m for ref in self.moments if (m := ref()) is not None]
-            everything = True
-        else:
-            everything = False
-        for moment in candidates:
+        everything = candidates is None
+        for moment in [m for ref in self.moments if (m := ref()) is not None] if candidates is None else candidates:
             if moment.live or moment.grad_rounds:
                 owner = moment.owner()  # spelled out: this runs for every parameter in every step
                 p = None if owner is None else owner._parameters.get(moment.parameter_name)
@@ -524,10 +517,9 @@ class MomentModule(nn.Module):
         batch = self._examples.batch
         if batch is not None and x.shape[0] != batch:
             raise ValueError(
-                f"{self._label()} saw {x.shape[0]} rows, the batch has {batch} examples: a view folded the batch "
-                "away, or the "
-                f"batch is not dimension 0; keep the batch as dimension 0 up to this layer (extra dimensions are fine: "
-                f"(batch, positions, features)), or run this part under px.no_moments()"
+                f"{self._label()} saw {x.shape[0]} rows, the batch has {batch} examples: a view folded the batch away, "
+                f"or the batch is not dimension 0; keep the batch as dimension 0 up to this layer (extra dimensions "
+                f"are fine: (batch, positions, features)), or run this part under px.no_moments()"
             )
 
     def _leaves(self, *names: str) -> list[Tensor | None]:
@@ -546,6 +538,8 @@ class MomentModule(nn.Module):
             elif not p.requires_grad:
                 leaves.append(None)
             else:
+                if not isinstance(p, nn.Parameter):
+                    self._refuse_computed(name)
                 if name not in self._moments:
                     self._bind(name)
                 moment = self._moments[name]
@@ -557,8 +551,6 @@ class MomentModule(nn.Module):
 
     def _eager_leaf(self, name: str, p: Tensor, moment: Moment) -> Tensor | None:
         if moment_of(p) is not moment:
-            if not isinstance(p, nn.Parameter):
-                self._refuse_computed(name)
             self._bind(name)
         if self._examples.batch is not None:
             self._note_use(name, True)
@@ -569,8 +561,7 @@ class MomentModule(nn.Module):
     def _refuse_computed(self, name: str) -> NoReturn:
         raise ValueError(
             f"{self._label()}: '{name}' is no longer a plain parameter (a parametrization, or a tensor put in its "
-            "place); "
-            f"remove it, or use px.no_moments()"
+            f"place); remove it, or use px.no_moments()"
         )
 
     def _note_use(self, name: str, with_moments: bool) -> None:
