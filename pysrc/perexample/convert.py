@@ -150,9 +150,8 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
     shared = [users[id(p)] for p in own if len(users[id(p)]) > 1]
     if shared:
         return (
-            f"shares a weight ({' = '.join(shared[0])}); its uses have to be added per example before squaring, "
-            "which is "
-            f"not supported yet: give each module a weight of its own"
+            f"shares a weight ({' = '.join(shared[0])}); its uses have to be added per example before squaring, which "
+            f"is not supported yet: give each module a weight of its own"
         )
     if isinstance(module, nn.Embedding) and type(module) in (nn.Embedding, px_nn.Embedding):
         return unsupported_embedding(module)
@@ -160,16 +159,14 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
         for name in ("weight", "bias"):
             if module._parameters.get(name) is None and getattr(module, name, None) is not None:
                 return (
-                    f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning, ...); "
-                    "remove that "
-                    f"before converting"
+                    f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning, ...); remove "
+                    f"that before converting"
                 )
         return ""
     names = ", ".join(name for name, p in module._parameters.items() if p is not None)
     return (
-        f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from "
-        "these, or "
-        f"freeze its parameters (requires_grad_(False))"
+        f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from these, "
+        f"or freeze its parameters (requires_grad_(False))"
     )
 
 
@@ -221,10 +218,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if eager:
             examples.batch = None
             raise RuntimeError(
-                f"{type(module).__name__} was called inside of its own forward pass (or the last one was "
-                "interrupted; then "
-                f"call it again): the uses of its weights have to be added per example before squaring, which is not "
-                f"supported yet"
+                f"{type(module).__name__} was called inside of its own forward pass (or the last one was interrupted; "
+                f"then call it again): the uses of its weights have to be added per example before squaring, which is "
+                f"not supported yet"
             )
     again = eager and torch._C._current_graph_task_id() != -1  # checkpointing, in backward
     if again and root in examples.nested:
@@ -246,8 +242,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if module.training:
         raise TypeError(
             f"{type(module).__name__}: its inputs hold no tensor whose dimension 0 could be the batch; pass one, or "
-            "call the "
-            f"model under px.no_moments()"
+            f"call the model under px.no_moments()"
         )
 
 
@@ -260,12 +255,10 @@ def _refuse_chain(module: nn.Module, examples: ExampleCount, root: str, inputs: 
         node = pending.pop()
         if any(getattr(node, "variable", None) is leaf for leaf in leaves):
             raise ValueError(
-                f"{type(module).__name__}: an input was computed by an earlier forward pass through the same "
-                "weights, so they are "
-                f"used twice for one example; their uses have to be added per example before squaring, which is not "
-                "supported yet: detach the input, or make both calls inside of the forward of one converted model, "
-                "with "
-                f"a layer of its own for each"
+                f"{type(module).__name__}: an input was computed by an earlier forward pass through the same weights, "
+                f"so they are used twice for one example; their uses have to be added per example before squaring, "
+                f"which is not supported yet: detach the input, or make both calls inside of the forward of one "
+                f"converted model, with a layer of its own for each"
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -294,9 +287,9 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if not where:
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(
-                f"{type(module).__name__} returned {type(output).__name__}, in which no tensor was found to count "
-                "the examples with; "
-                f"return tensors, lists, tuples or dicts of them, or register the class with torch.utils._pytree"
+                f"{type(module).__name__} returned {type(output).__name__}, in which no tensor was found to count the "
+                f"examples with; return tensors, lists, tuples or dicts of them, or register the class with "
+                f"torch.utils._pytree"
             )
         return None
     counted = autograd.count_examples(*examples.leaves(), batch, [leaves[i] for i in where])

@@ -57,10 +57,9 @@ class Embedding(MomentModule, nn.Embedding):
             return bare.expand(batch, *bare.shape)
         if indices.dim() == 1 and batch > 1 and first % batch == 0 and (first == batch or not _consecutive(indices)):
             raise ValueError(
-                f"{self._label()} saw {first} indices in a batch of {batch} examples: do they belong to the "
-                "examples, or are "
-                "they positions without a batch? Set its attribute: batched=True (dimension 0 is the batch) or "
-                "batched=False"
+                f"{self._label()} saw {first} indices in a batch of {batch} examples: do they belong to the examples, "
+                f"or are they positions without a batch? Set its attribute: batched=True (dimension 0 is the batch) or "
+                f"batched=False"
             )
         if indices.dim() == 1 and first != batch:
             return indices.expand(batch, first)

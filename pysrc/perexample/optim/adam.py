@@ -148,9 +148,8 @@ class Adam(Optimizer):
             if group["second_moment"] == "per_example" and p.requires_grad and moment_of(p) is None:
                 raise ValueError(
                     f"{name}: {self._name_of(p, group, index)}, of shape {tuple(p.shape)}, has no second moment: no "
-                    "layer of "
-                    "perexample owns it; call px.convert(model) before making the optimizer, or use "
-                    "second_moment='per_batch'"
+                    f"layer of perexample owns it; call px.convert(model) before making the optimizer, or use "
+                    f"second_moment='per_batch'"
                 )
 
     def _name_of(self, p: Tensor, group: dict[str, Any], index: int | None = None) -> str:
@@ -286,11 +285,9 @@ class Adam(Optimizer):
                 if moment.leaf_rounds != moment.grad_rounds:
                     raise RuntimeError(
                         f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} was accumulated in "
-                        f"{moment.grad_rounds} backward passes, its second moment in {moment.leaf_rounds}: some ran "
-                        "in eval "
-                        "mode, under px.no_moments(), past the layer, with backward(inputs=...), or before a change "
-                        "of "
-                        f"dtype or device; clear the gradients and accumulate all in one way"
+                        f"{moment.grad_rounds} backward passes, its second moment in {moment.leaf_rounds}: some ran in "
+                        f"eval mode, under px.no_moments(), past the layer, with backward(inputs=...), or before a "
+                        f"change of dtype or device; clear the gradients and accumulate all in one way"
                     )
                 return second
         if moment is not None and not bool(grad.any()):
@@ -313,9 +310,9 @@ class Adam(Optimizer):
             )
         if total is None:
             raise RuntimeError(
-                f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward "
-                f"pass did not go through the output of a converted model (a sub-module was called directly, or "
-                f"px.convert was not); call the model that was converted, convert the part that is called "
+                f"{type(self).__name__}.step: no example was counted for {self._name_of(p, group)}: the backward pass "
+                f"did not go through the output of a converted model (a sub-module was called directly, or px.convert "
+                f"was not); call the model that was converted, convert the part that is called "
                 f"(px.convert(model.part)), or pass step(batch_size=...)"
             )
         return total if base is None else total - base.total
@@ -424,18 +421,16 @@ class Adam(Optimizer):
             more = f" and {len(params) - 5} more" if len(params) > 5 else ""
             if kind == "uses":
                 raise RuntimeError(
-                    f"{type(self).__name__}.step: {names}{more} was used more than once in one forward pass: its "
-                    "uses have "
-                    f"to be added per example before squaring, which is not supported yet; use a layer of its own for "
-                    f"each call"
+                    f"{type(self).__name__}.step: {names}{more} was used more than once in one forward pass: its uses "
+                    f"have to be added per example before squaring, which is not supported yet; use a layer of its own "
+                    f"for each call"
                 )
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {names}{more} is larger than its second moment allows "
                 f"((sum_b c_b)**2 <= B sum_b c_b**2): part of it did not come through the layer. Usual causes: "
                 f"F.linear or F.conv2d on the layer's weight, a hook or code that changed p.grad, a penalty on the "
-                "weights in the loss (use weight_decay, which is decoupled), a wrong batch_size. guard=False turns "
-                "this "
-                f"check off. The step has been applied"
+                f"weights in the loss (use weight_decay, which is decoupled), a wrong batch_size. guard=False turns "
+                f"this check off. The step has been applied"
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
