@@ -50,7 +50,9 @@ def ninja_file(info: str) -> str:
     python = [f"-isystem {path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
     python += [f"-DPX_HAS_CUDA={int(HAS_CUDA)}", *(f"'-DPX_{k}=\"{v}\"'" for k, v in facts.items())]
     stable_abi = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {include}"  # torch 2.11
-    units = {"capability": ("csrc/cpu/capability.cpp", ""), "bindings": ("csrc/bindings.cpp", stable_abi)}
+    units = {"capability": ("csrc/cpu/capability.cpp", "")}
+    for source in sorted(Path("csrc/bindings").glob("*.cpp")):
+        units[f"bindings.{source.stem}"] = (str(source), stable_abi)
     for source in sorted(set(Path("csrc/cpu").glob("*.cpp")) - {Path("csrc/cpu/capability.cpp")}):
         for name, flags in CAPABILITIES.items():
             units[f"{source.stem}.{name}"] = (str(source), f"-DPX_CAPABILITY={name} {flags}")

@@ -164,7 +164,7 @@ def group_norm_moments(dy, x, mean, rstd, weight, groups, eps=1e-5, output_mask=
 
 def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violations, *, batch_size, lr, n_g, n_s,
                eps, weight_decay, mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip
-    """Only what is contiguous, and one dtype of gradients: the launcher in csrc/bindings.cpp arranges the rest."""
+    """Only what is contiguous, and one dtype of gradients: the launcher in csrc/bindings arranges the rest."""
     batch = float(batch_size)
     if batch == 0 or (found_inf is not None and float(found_inf) != 0):
         return

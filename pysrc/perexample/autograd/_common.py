@@ -1,0 +1,45 @@
+"""What the autograd Functions share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast", "check_dtype", "one_use", "ops", "rows"]
+
+ops = torch.ops.perexample
+
+
+def autocast(x: Tensor, *, low_precision: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
+    """The dtype in which autocast would compute, and a context without autocast to do it in.
+
+    Matrix products and convolutions run in the autocast dtype, norms on CUDA in float32. The cast of the weight is
+    made inside the Function, so that the weight's gradient arrives in the weight's own dtype unrounded.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x.dtype, contextlib.nullcontext()
+    if low_precision:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.float32 if device == "cuda" else x.dtype
+    return dtype, torch.autocast(device, enabled=False)
+
+
+def check_dtype(layer: str, x: Tensor, weight: Tensor, context: object) -> None:
+    """Raise where the input has another dtype than the weight and no autocast (`context`) reconciles them."""
+    if x.dtype != weight.dtype and isinstance(context, contextlib.nullcontext):
+        raise TypeError(f"{layer}: the input must be {weight.dtype} like the weight, got {x.dtype}")
+
+
+def one_use(dy: Tensor, wanted: bool) -> Tensor | None:
+    """The gradient of the leaf that counts uses: 1, or None where it is not wanted."""
+    return torch.ones((), device=dy.device) if wanted else None
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, ..., D) -> (B, T, D), a view wherever the strides allow one."""
+    return x.unsqueeze(1) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(1, -2)

@@ -1,0 +1,80 @@
+"""The Function of the convolutions (MATHS 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ._common import autocast, check_dtype, one_use, ops
+
+__all__ = ["conv"]
+
+
+class _Conv(Function):
+    """MATHS (5). x: (B, C, *in), weight: (O, C / groups, *kernel), bias: (O,) or None -> (B, O, *out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        uses: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        ctx.geometry = (list(stride), list(padding), list(dilation), groups)
+        ctx.grad_dtype = weight.dtype
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        want_x, _, _, want_weight, want_bias, want_uses = ctx.needs_input_grad[:6]
+        dx = dw = db = dw_sq = db_sq = None
+        if want_x:
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False]
+            )
+        if want_weight:
+            dw, dw_sq, db, db_sq = ops.conv_moments(
+                dy, x, list(weight.shape[2:]), stride, padding, dilation, groups, want_bias, ctx.grad_dtype
+            )
+        elif want_bias:
+            db, db_sq = ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
+        if not want_bias:
+            db = db_sq = None
+        return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_leaf: Tensor | None,
+    bias_leaf: Tensor | None,
+    uses: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``F.conv1d/2d/3d`` with second moments. x: (B, C, *in); zero padding of as many integers as dimensions."""
+    dtype, context = autocast(x, low_precision=True)
+    check_dtype("Conv", x, weight, context)
+    with context:
+        return _Conv.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, stride, padding, dilation, groups)

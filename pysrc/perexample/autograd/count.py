@@ -1,0 +1,35 @@
+"""The number of examples as a gradient (MATHS 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ["count_examples"]
+
+
+class _CountExamples(Function):
+    """The identity on the model's outputs; each backward pass adds `batch` to the count and 1 to the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, count: Tensor, passes: Tensor, batch: int, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.batch, ctx.dtype, ctx.device = batch, count.dtype, count.device
+        ctx.set_materialize_grads(False)
+        # An alias made by detach() is not a view to autograd, so the caller may go on to change it in place.
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        examples = torch.full((), ctx.batch, dtype=ctx.dtype, device=ctx.device)
+        return examples, torch.ones((), device=ctx.device), None, *grads
+
+
+def count_examples(count: Tensor, passes: Tensor, batch: int, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`outputs` unchanged; when any is backpropagated, `count` receives the gradient `batch`, and `passes` 1."""
+    return _CountExamples.apply(count, passes, batch, *outputs)
