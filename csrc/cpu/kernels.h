@@ -161,6 +161,43 @@ struct Adam {
   double guard_slack, guard_absolute;  // what rounding explains
 };
 
+// MATHS (2), (9)-(19). One parameter of an optimizer's step; all arrays contiguous, n elements.
+struct OptimizerTensor {
+  int64_t n;
+  DType param_dtype, grad_dtype, sum_dtype;  // sum_dtype: f64 for f64 parameters, else f32
+  void* param;
+  const void* grad;
+  const void* sum_grad_squared;        // null: the square of the mean gradient (per batch)
+  void* exp_avg;                       // null: none; all parameters of a call alike
+  void* exp_avg_sq;                    // null: none; all parameters of a call alike
+  double kappa_g, kappa_s;             // MATHS (9)-(12), (19), from this parameter's own count
+  double guard_slack, guard_absolute;  // what rounding explains
+  int32_t* violation;                  // set to 1 where the guard flags an element; null: off
+  uint32_t seed;                       // for rounding state to bf16: the low bits of its count
+};
+
+// Shared by all parameters of the call:
+//   ghat = grad_scale grad;           s = square_scale sum_grad_squared   (or ghat^2)
+//   exp_avg    = (1 - kappa_g) exp_avg + kappa_g ghat                     (centered: kappa_s)
+//   exp_avg_sq = (1 - kappa_s) exp_avg_sq + kappa_s s
+//   u = exp_avg, or ghat where there is none or centered
+//   d = exp_avg_sq, less exp_avg^2 where centered; its root unless squared_denominator
+//   param      = (1 - decay) param - step_size u / (d + eps)              (no exp_avg_sq: u alone)
+// The guard flags a finite g = grad with
+//   max(|g| - guard_absolute, 0)^2 > (1 + guard_slack)^2 B (sum_grad_squared + B tiny),
+// tiny the smallest normal number of sum_grad_squared's dtype.
+// bf16 state is rounded stochastically: x becomes the upper half of its bits plus 16 bits of
+// hash(element, seed), the low ones for exp_avg, the high ones for exp_avg_sq.
+struct Optimizer {
+  int64_t count;
+  const OptimizerTensor* tensors;
+  DType state_dtype;  // sum_dtype of all parameters, or bf16 for f32
+  bool centered, squared_denominator;
+  double batch_size;
+  double grad_scale, square_scale;  // grad_scale carries the sign of `maximize`
+  double step_size, decay, eps;
+};
+
 struct Kernels {
   const char* capability;
   void (*linear_moments)(const Linear&, const Parallel&);
@@ -171,6 +208,7 @@ struct Kernels {
   void (*layer_norm_moments)(const LayerNorm&, const Parallel&);
   void (*group_norm_moments)(const GroupNorm&, const Parallel&);
   void (*adam_step)(const Adam&, const Parallel&);
+  void (*optimizer_step)(const Optimizer&, const Parallel&);
 };
 
 // The kernels for this machine: the best capability that it has, or the one that the environment

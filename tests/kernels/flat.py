@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perexample import ops
-from perexample.ops.adam import _guard_absolute, _guard_slack
+from perexample.ops.optimizer import _guard_absolute, _guard_slack, _weight_of_new, state_starts
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GUARD = 16
@@ -191,6 +191,46 @@ def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violat
     for other in results[1:]:
         assert same_bits(other, results[0]), "adam_step_: bits differ"
     examples_seen += batch
+
+
+def optimizer_step_(params, grads, sums, exp_avg, exp_avg_sq, examples_seen, violations, *, batch_size, lr, n_g, n_s,
+                    eps, weight_decay, centered, squared_denominator, lr_times_eps, correct_g, correct_s, power,
+                    mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip
+    """Only what is contiguous: the launcher in csrc/bindings arranges the rest."""
+    batch = float(batch_size)
+    if batch == 0 or (found_inf is not None and float(found_inf) != 0):
+        return
+    inverse = 1.0 if grad_scale is None else 1 / float(grad_scale)
+    rate = batch * float(lr)
+    scalars = [batch, inverse / (1 if mean_reduction else batch) * (-1 if maximize else 1)]
+    scalars += [inverse**2 * (batch if mean_reduction else 1 / batch), rate * (eps if lr_times_eps else 1)]
+    scalars += [rate * weight_decay, eps]
+    written = [t for t in (*params, exp_avg, exp_avg_sq, violations) if t is not None]
+    before, results, starts = [t.clone() for t in written], [], state_starts(params)
+    state = next((t.dtype for t in (exp_avg, exp_avg_sq) if t is not None), torch.float32)
+    has = [i for i, grad in enumerate(grads) if grad is not None]
+    for threads, order in RUNS:
+        for t, old in zip(written, before, strict=True):
+            t.copy_(old)
+        integers, pointers, reals = [len(has)], [], []
+        for i in has:
+            p, g = params[i], grads[i]
+            assert p.is_contiguous() and g.is_contiguous()
+            seen = examples_seen[i] + batch
+            integers += [p.numel(), CODES[p.dtype], CODES[g.dtype], CODES[wide(p.dtype)], int(seen)]
+            flats = (None if t is None else t.data_ptr() + starts[i] * t.element_size() for t in (exp_avg, exp_avg_sq))
+            pointers += [p.data_ptr(), g.data_ptr(), sums[i].data_ptr() if sums else None, *flats]
+            pointers.append(violations.data_ptr() + 4 * i if sums and guard_rounds else None)
+            for horizon, corrected in ((n_g, correct_g), (n_s, correct_s)):
+                reals.append(float(_weight_of_new(torch.tensor(batch).double(), seen, horizon, corrected, power)))
+            reals.append(float(_guard_slack(g.dtype, torch.tensor(batch), guard_rounds)))
+            reals.append(_guard_absolute(g.dtype, guard_rounds))
+        integers += [CODES[state], int(centered), int(squared_denominator)]
+        call("optimizer_step_", integers, pointers, [*reals, *scalars], threads, order)
+        results.append([t.clone() for t in written])
+    for other in results[1:]:
+        assert same_bits(other, results[0]), "optimizer_step_: bits differ"
+    examples_seen[has] += batch
 
 
 def main():

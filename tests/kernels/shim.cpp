@@ -147,6 +147,21 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
            r(),
            r()};
     kernels.adam_step(a, parallel);
+  } else if (is("optimizer_step_")) {
+    std::vector<OptimizerTensor> tensors(static_cast<size_t>(n()));
+    for (OptimizerTensor& t : tensors) {
+      t.n = n(), t.param_dtype = type(), t.grad_dtype = type(), t.sum_dtype = type();
+      t.seed = static_cast<uint32_t>(n());
+      t.param = p(), t.grad = p(), t.sum_grad_squared = p(), t.exp_avg = p(), t.exp_avg_sq = p();
+      t.kappa_g = r(), t.kappa_s = r(), t.guard_slack = r(), t.guard_absolute = r();
+      t.violation = static_cast<int32_t*>(p());
+    }
+    Optimizer a{};
+    a.count = static_cast<int64_t>(tensors.size()), a.tensors = tensors.data();
+    a.state_dtype = type(), a.centered = n() != 0, a.squared_denominator = n() != 0;
+    a.batch_size = r(), a.grad_scale = r(), a.square_scale = r();
+    a.step_size = r(), a.decay = r(), a.eps = r();
+    kernels.optimizer_step(a, parallel);
   } else {
     std::abort();
   }

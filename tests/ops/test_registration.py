@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import perexample
 from perexample import _extension
 from perexample.ops import NAMESPACE, OPS
+from perexample.ops.optimizer import state_starts
 
 
 def adam(sizes, dtype=torch.float32, **changes):
@@ -25,6 +26,21 @@ def adam(sizes, dtype=torch.float32, **changes):
     )  # fmt: skip
     seen, violations = torch.zeros(len(sizes)).double(), torch.zeros(len(sizes)).int()
     return (*tensors, *state, seen, violations), scalars | changes
+
+
+def optimizer(sizes, dtype=torch.float32, average=True, square=True, state=torch.float32, **changes):
+    params, grads = ([torch.rand(size).to(dtype) for size in sizes] for _ in range(2))
+    sums = [torch.rand(size) for size in sizes] if square else []
+    averages = [torch.rand(state_starts(params)[-1]).to(state) if kept else None for kept in (average, square)]
+    scalars = dict(
+        batch_size=torch.tensor(4.0), lr=torch.tensor(1e-3), n_g=10.0, n_s=20.0, eps=1e-8, weight_decay=0.1,
+        centered=False, squared_denominator=False, lr_times_eps=False, correct_g=True, correct_s=True, power=False,
+        mean_reduction=True, maximize=False, guard_rounds=1,
+    )  # fmt: skip
+    if square and len(sizes) > 1:
+        grads[1] = sums[1] = None
+    seen, violations = torch.zeros(len(sizes)).double(), torch.zeros(len(sizes)).int()
+    return (params, grads, sums, *averages, seen, violations), scalars | changes
 
 
 def samples(name, scale=1):
@@ -83,6 +99,13 @@ def samples(name, scale=1):
             adam([(700 * s,), (3, 5), ()]),
             adam([(7000 * s,), (3, 5), (9000 * s,)], torch.bfloat16),
             adam([(3,)] * (9 * s), maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
+        ],
+        "optimizer_step_": lambda: [
+            optimizer([(700 * s,), (3, 5), ()]),
+            optimizer([(7000 * s,), (3, 5), (9000 * s,)], torch.bfloat16),
+            optimizer([(900 * s,), (3, 5)], torch.bfloat16, state=torch.bfloat16, centered=True, eps=0.1),
+            optimizer([(700 * s,), (3, 5)], average=False, square=False),
+            optimizer([(3,)] * (9 * s), maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
         ],
     }
     torch.manual_seed(1)

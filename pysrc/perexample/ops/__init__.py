@@ -6,6 +6,7 @@ from .conv import conv_moments
 from .embedding import embedding_moments
 from .linear import linear_moments
 from .norm import group_norm_moments, layer_norm_moments
+from .optimizer import optimizer_step_
 from .reduce import bias_moments, reduce_moments
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "group_norm_moments",
     "layer_norm_moments",
     "linear_moments",
+    "optimizer_step_",
     "reduce_moments",
 ]
