@@ -28,6 +28,7 @@ using Shape = std::vector<int64_t>;
 using Ints = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -103,23 +103,29 @@ struct Embedding {
 // MATHS (7), with the input gradient in the same pass. Rows are normalized over D:
 // xhat = (x - mean) rstd;  G_b = sum_t dy xhat (weight), sum_t dy (bias);
 // dx = rstd (h - mean_d(h) - xhat mean_d(h xhat)) with h = dy weight.
-// All tensors contiguous. mean and rstd (B, T) are float32 (float64 for f64); null: recomputed from
-// x and eps. dx, or the pair dw/dw_sq, or the pair db/db_sq may be null when not wanted.
+// For RMSNorm (`centered` false) both means of the first kind, of x and of h, are 0.
+// Rows are contiguous. mean and rstd (B, T), contiguous, are float32 (float64 for f64); null:
+// recomputed from x and eps. dx, or the pair dw/dw_sq, or the pair db/db_sq may be null when not
+// wanted.
 struct LayerNorm {
   int64_t B, T, D;
+  bool centered;
   double eps;
   DType dtype;         // of dy, x and dx
   DType weight_dtype;  // of weight, dw and db
   const void *dy, *x, *mean, *rstd;
-  const void* weight;  // (D) or null (ones)
-  void* dx;
+  int64_t dy_stride[2], x_stride[2];  // b, t
+  const void* weight;                 // (D) or null (ones)
+  void* dx;                           // (B, T, D) contiguous
   void *dw, *dw_sq, *db, *db_sq;
 };
 
 // MATHS (7) for GroupNorm: x is (B, C, S) contiguous, normalized over (C / groups, S); mean and
-// rstd (B, groups) as above.
+// rstd (B, groups) as above. With `constant` they are given, (groups), the same for all examples,
+// and do not depend on x: dx = rstd h.
 struct GroupNorm {
   int64_t B, C, S, groups;
+  bool constant;
   double eps;
   DType dtype;
   DType weight_dtype;

@@ -1,7 +1,9 @@
-// Backward of LayerNorm and GroupNorm with the per-example moments of weight and bias, MATHS (7):
+// Backward of LayerNorm, RMSNorm and GroupNorm with the per-example moments of weight and bias,
+// MATHS (7):
 //   xhat = (x - mean) rstd;   G_b = sum_t dy xhat (weight), sum_t dy (bias);
 //   dw = sum_b G_b, dw_sq = sum_b G_b^2;   h = dy weight;
 //   dx = rstd (h - mean(h) - xhat mean(h xhat)), means over what was normalized together.
+// RMSNorm is LayerNorm without the means of x and of h.
 //
 // Both read dy and x from memory once: a first sweep over a few rows (LayerNorm) or over one group
 // (GroupNorm) takes all sums, a second one, now from the cache, writes dx.
@@ -29,9 +31,9 @@ struct Statistics {
   A mean, rstd;
 };
 
-// Of n contiguous values.
+// Of n contiguous values; where they are not centered, the mean is 0.
 template <class T>
-Statistics<Accumulator<T>> statistics(const T* x, int64_t n, double eps) {
+Statistics<Accumulator<T>> statistics(const T* x, int64_t n, double eps, bool centered = true) {
   using A = Accumulator<T>;
   constexpr int64_t L = lanes<A>;
   auto average = [&](A center, bool squared) {
@@ -50,7 +52,7 @@ Statistics<Accumulator<T>> statistics(const T* x, int64_t n, double eps) {
     }
     return (sum<A>((total[0] + total[1]) + (total[2] + total[3])) + rest) / static_cast<A>(n);
   };
-  A mean = average(0, false);
+  A mean = centered ? average(0, false) : A{0};
   A variance = average(mean, true);
   return {mean, 1 / square_root(variance + static_cast<A>(eps))};
 }
@@ -131,7 +133,7 @@ void combine(const Op& a, int64_t width, int64_t pieces, int64_t parts, const F&
   });
 }
 
-// --- LayerNorm ---
+// --- LayerNorm, RMSNorm ---
 
 // What a group of rows means to its example.
 enum class Span { kInside, kWholeExamples };
@@ -154,21 +156,25 @@ PX_INLINE void each_vector(int64_t n, const F& f) {
   }
 }
 
-// R rows from `row` on. With kInside they belong to one example and are added to its G, which is
-// started at its first rows and squared at its last; with kWholeExamples each row is an example.
+// R rows from example b, position t on. With kInside they are positions of that example and are
+// added to its G, which is started at its first rows and squared at its last; with kWholeExamples
+// they are the same position of R examples, each of one position.
 template <int R, bool affine, Span span, class T>
-void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t row, bool first,
-                     bool last, const Sums<Accumulator<T>>& sums) {
+void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t b, int64_t t,
+                     bool first, bool last, const Sums<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
-  const T* dy = static_cast<const T*>(a.dy) + row * a.D;
-  const T* x = static_cast<const T*>(a.x) + row * a.D;
+  constexpr int along = span == Span::kInside ? 1 : 0;
+  const T* dy = static_cast<const T*>(a.dy) + b * a.dy_stride[0] + t * a.dy_stride[1];
+  const T* x = static_cast<const T*>(a.x) + b * a.x_stride[0] + t * a.x_stride[1];
+  int64_t dy_step = a.dy_stride[along], x_step = a.x_stride[along];
   A mean[R], rstd[R];
   for (int r = 0; r < R; ++r) {
-    if (a.mean != nullptr && a.rstd != nullptr) {
-      mean[r] = static_cast<const A*>(a.mean)[row + r];
-      rstd[r] = static_cast<const A*>(a.rstd)[row + r];
+    if (a.rstd != nullptr) {
+      int64_t at = b * a.T + t + r;
+      mean[r] = a.mean != nullptr ? static_cast<const A*>(a.mean)[at] : A{0};
+      rstd[r] = static_cast<const A*>(a.rstd)[at];
     } else {
-      Statistics<A> s = statistics(x + r * a.D, a.D, a.eps);
+      Statistics<A> s = statistics(x + r * x_step, a.D, a.eps, a.centered);
       mean[r] = s.mean;
       rstd[r] = s.rstd;
     }
@@ -183,8 +189,8 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t r
       g_b = load(sums.G_b + i);
     }
     unroll<R>([&](auto r) PX_LAMBDA {
-      Vec<A> d = get(dy + r * a.D + i);
-      Vec<A> xhat = (get(x + r * a.D + i) - broadcast(mean[r])) * broadcast(rstd[r]);
+      Vec<A> d = get(dy + r * dy_step + i);
+      Vec<A> xhat = (get(x + r * x_step + i) - broadcast(mean[r])) * broadcast(rstd[r]);
       Vec<A> h = d * w;
       total_h[r] += h;
       total_hx[r] += h * xhat;
@@ -217,17 +223,17 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t r
   });
   if (a.dx == nullptr) return;
 
-  T* dx = static_cast<T*>(a.dx) + row * a.D;
+  T* dx = static_cast<T*>(a.dx) + (b * a.T + t) * a.D;
   A mean_h[R], slope[R];
   for (int r = 0; r < R; ++r) {
-    mean_h[r] = sum<A>(total_h[r]) / static_cast<A>(a.D);
+    mean_h[r] = a.centered ? sum<A>(total_h[r]) / static_cast<A>(a.D) : A{0};
     slope[r] = rstd[r] * (sum<A>(total_hx[r]) / static_cast<A>(a.D));
   }
   each_vector<A>(a.D, [&](int64_t i, auto get, auto put) PX_LAMBDA {
     Vec<A> w = load(weight + i);
     unroll<R>([&](auto r) PX_LAMBDA {
-      Vec<A> h = get(dy + r * a.D + i) * w - broadcast(mean_h[r]);
-      Vec<A> centered = get(x + r * a.D + i) - broadcast(mean[r]);
+      Vec<A> h = get(dy + r * dy_step + i) * w - broadcast(mean_h[r]);
+      Vec<A> centered = get(x + r * x_step + i) - broadcast(mean[r]);
       put(dx + r * a.D + i, (h - centered * broadcast(slope[r])) * broadcast(rstd[r]));
     });
   });
@@ -262,9 +268,9 @@ void layer_norm(const LayerNorm& a, const Parallel& parallel) {
     if (a.T == 1) {
       int64_t b = begin;
       for (; b + kRows <= end; b += kRows)
-        layer_norm_rows<kRows, affine, Span::kWholeExamples, T>(a, weight, b, true, true, own);
+        layer_norm_rows<kRows, affine, Span::kWholeExamples, T>(a, weight, b, 0, true, true, own);
       for (; b < end; ++b)
-        layer_norm_rows<1, affine, Span::kWholeExamples, T>(a, weight, b, true, true, own);
+        layer_norm_rows<1, affine, Span::kWholeExamples, T>(a, weight, b, 0, true, true, own);
       return;
     }
     int64_t from = piece % parts * positions;
@@ -272,10 +278,10 @@ void layer_norm(const LayerNorm& a, const Parallel& parallel) {
     for (int64_t b = begin; b < end; ++b) {
       int64_t t = from;
       for (; t + kRows <= to; t += kRows)
-        layer_norm_rows<kRows, affine, Span::kInside, T>(a, weight, b * a.T + t, t == from,
+        layer_norm_rows<kRows, affine, Span::kInside, T>(a, weight, b, t, t == from,
                                                          parts == 1 && t + kRows == to, own);
       for (; t < to; ++t)
-        layer_norm_rows<1, affine, Span::kInside, T>(a, weight, b * a.T + t, t == from,
+        layer_norm_rows<1, affine, Span::kInside, T>(a, weight, b, t, t == from,
                                                      parts == 1 && t + 1 == to, own);
     }
   });
@@ -344,7 +350,7 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
   };
 
   auto statistics_of = [&](int64_t b, int64_t g) -> Statistics<A> {
-    int64_t i = b * a.groups + g;
+    int64_t i = a.constant ? g : b * a.groups + g;
     if (a.mean != nullptr && a.rstd != nullptr)
       return {static_cast<const A*>(a.mean)[i], static_cast<const A*>(a.rstd)[i]};
     return statistics(x + i * channels * a.S, channels * a.S, a.eps);
@@ -376,8 +382,8 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
         }
         if (a.dx == nullptr) continue;
         A count = static_cast<A>(channels * a.S);
-        A slope = s.rstd * s.rstd * (total_hx / count);
-        A offset = s.rstd * (total_h / count);
+        A slope = a.constant ? A{0} : s.rstd * s.rstd * (total_hx / count);
+        A offset = a.constant ? A{0} : s.rstd * (total_h / count);
         for (int64_t c = c_begin; c < c_end; ++c) {
           int64_t at = (b * a.C + c) * a.S;
           channel_gradient(dy + at, x + at, static_cast<T*>(a.dx) + at, a.S, s.mean,

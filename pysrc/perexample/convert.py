@@ -23,8 +23,25 @@ LAYERS: dict[type[nn.Module], type[MomentModule]] = {
     nn.Conv1d: px_nn.Conv1d,
     nn.Conv2d: px_nn.Conv2d,
     nn.Conv3d: px_nn.Conv3d,
+    nn.ConvTranspose1d: px_nn.ConvTranspose1d,
+    nn.ConvTranspose2d: px_nn.ConvTranspose2d,
+    nn.ConvTranspose3d: px_nn.ConvTranspose3d,
+    nn.MultiheadAttention: px_nn.MultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: px_nn.NonDynamicallyQuantizableLinear,
+    nn.TransformerEncoderLayer: px_nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: px_nn.TransformerDecoderLayer,
+    nn.TransformerEncoder: px_nn.TransformerEncoder,
+    nn.TransformerDecoder: px_nn.TransformerDecoder,
+    nn.Transformer: px_nn.Transformer,
     nn.LayerNorm: px_nn.LayerNorm,
+    nn.RMSNorm: px_nn.RMSNorm,
     nn.GroupNorm: px_nn.GroupNorm,
+    nn.InstanceNorm1d: px_nn.InstanceNorm1d,
+    nn.InstanceNorm2d: px_nn.InstanceNorm2d,
+    nn.InstanceNorm3d: px_nn.InstanceNorm3d,
+    nn.BatchNorm1d: px_nn.BatchNorm1d,
+    nn.BatchNorm2d: px_nn.BatchNorm2d,
+    nn.BatchNorm3d: px_nn.BatchNorm3d,
     nn.Embedding: px_nn.Embedding,
 }
 
@@ -139,7 +156,7 @@ def _survey(model: nn.Module) -> Iterator[Served]:
 
 
 def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, list[str]]) -> str:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _has_constant_statistics(module):
         return (
             "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its place"
         )
@@ -168,6 +185,11 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
         f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from these, "
         f"or freeze its parameters (requires_grad_(False))"
     )
+
+
+def _has_constant_statistics(module: nn.modules.batchnorm._BatchNorm) -> bool:
+    served = type(module) in LAYERS or isinstance(module, MomentModule)
+    return served and not module.training and module.running_mean is not None
 
 
 def _common_count(model: nn.Module) -> ExampleCount | None:
@@ -226,6 +248,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if again and root in examples.nested:
         return  # counted by the pass that it was part of
     examples.root = root
+    examples.training = module.training
     examples.batch = None
     examples.used = {}
     if not (torch.is_grad_enabled() and _Mode.enabled):
@@ -235,9 +258,10 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if eager:
             examples.drop_cleared()
             _refuse_chain(module, examples, root, _tensors((args, kwargs)))
+    dim = module.batch_dim if isinstance(module, MomentModule) else 0
     for tensor in _tensors((args, kwargs)):
-        if tensor.dim() > 0:
-            examples.batch = tensor.shape[0]
+        if tensor.dim() > dim:
+            examples.batch = tensor.shape[dim]
             return
     if module.training:
         raise TypeError(

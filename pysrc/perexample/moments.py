@@ -193,6 +193,7 @@ class ExampleCount:
         self.batch: int | None = None  # examples of the forward pass under way; None outside of one
         self.used: dict[str, bool] = {}  # the parameters that it has used so far, and whether with second moments
         self.root = ""  # name of the module that began the pass
+        self.training = False  # whether that module is in training
         self.rooted = False  # whether a converted model counts here at all
         self.nested: dict[str, int] = {}  # converted parts that were called inside of a pass
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
@@ -402,8 +403,12 @@ class MomentModule(nn.Module):
 
     Comes before the stock class among the bases. A subclass's `forward` asks `_tracking(x, dims, *names)` whether to
     record, and hands `_leaves(*names)` to its autograd Function.
+
+    Attributes:
+        batch_dim: which dimension of the input is the batch; 0, but 1 inside of a sequence-first module.
     """
 
+    batch_dim: int = 0
     _moments: dict[str, Moment]
     _examples: ExampleCount
     _name: str
@@ -475,7 +480,7 @@ class MomentModule(nn.Module):
         """Whether this forward pass, of input `x`, records second moments of the named parameters.
 
         It does in training, with gradients, not under `no_moments`, where one of them requires grad. Raises unless
-        `x` has at least `dims` dimensions of which the first is the batch.
+        `x` has at least `dims` dimensions of which `batch_dim` is the batch.
         """
         if not self._recording(*names):
             return False
@@ -490,7 +495,7 @@ class MomentModule(nn.Module):
                 trainable.append(name)
         if not trainable:
             return False
-        recording = self.training and _Mode.enabled
+        recording = self._in_training() and _Mode.enabled
         if recording and torch.is_grad_enabled():
             return True
         if torch.compiler.is_compiling() or self._examples.batch is None:
@@ -505,6 +510,10 @@ class MomentModule(nn.Module):
             return True
         return False
 
+    def _in_training(self) -> bool:
+        """Whether second moments are wanted; a layer that is trained in eval mode says so."""
+        return self.training
+
     def _label(self) -> str:
         return f"{self.__dict__.get('_name') or type(self).__name__}"
 
@@ -515,11 +524,12 @@ class MomentModule(nn.Module):
                 f"{tuple(x.shape)}; add the batch dimension, or use px.no_moments()"
             )
         batch = self._examples.batch
-        if batch is not None and x.shape[0] != batch:
+        dim = self.batch_dim
+        if batch is not None and x.shape[dim] != batch:
             raise ValueError(
-                f"{self._label()} saw {x.shape[0]} rows, the batch has {batch} examples: a view folded the batch away, "
-                f"or the batch is not dimension 0; keep the batch as dimension 0 up to this layer (extra dimensions "
-                f"are fine: (batch, positions, features)), or run this part under px.no_moments()"
+                f"{self._label()} saw {x.shape[dim]} rows, the batch has {batch} examples: a view folded the batch "
+                f"away, or the batch is not dimension {dim}; keep the batch as dimension {dim} up to this layer (extra "
+                f"dimensions are fine: (batch, positions, features)), or run this part under px.no_moments()"
             )
 
     def _leaves(self, *names: str) -> list[Tensor | None]:

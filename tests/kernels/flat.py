@@ -17,6 +17,7 @@ from perexample.ops.optimizer import _guard_absolute, _guard_slack, _weight_of_n
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GUARD = 16
 most_tasks = {}
+SERVED_BY = {"rms_norm_moments": "layer_norm_moments", "batch_norm_moments": "group_norm_moments"}
 library = None
 
 
@@ -140,7 +141,7 @@ def embedding_moments(dy, indices, num_embeddings, padding_idx=-1, dtype=None):
     return thrice("embedding_moments", prepare)
 
 
-def norm_moments(name, dy, x, mean, rstd, weight, groups, size, eps, mask):
+def norm_moments(name, dy, x, mean, rstd, weight, sizes, size, eps, mask):
     dy, x, mean, rstd, weight = (None if t is None else t.contiguous() for t in (dy, x, mean, rstd, weight))
     grad_dtype = dy.dtype if weight is None else weight.dtype
 
@@ -149,17 +150,28 @@ def norm_moments(name, dy, x, mean, rstd, weight, groups, size, eps, mask):
         pointers.append(out.new(mask[0], dy.shape, dy.dtype))
         for wanted in mask[1:]:
             pointers += out.moments(wanted, (size,), grad_dtype, dy.dtype)
-        return [*dy.shape, *groups, CODES[dy.dtype], CODES[grad_dtype]], pointers, [eps]
+        rows = [*dy.stride()[:2], *x.stride()[:2]] if name == "layer_norm_moments" else []
+        return [*dy.shape, *sizes, CODES[dy.dtype], CODES[grad_dtype], *rows], pointers, [eps]
 
     return thrice(name, prepare)
 
 
 def layer_norm_moments(dy, x, mean, rstd, weight, eps=1e-5, output_mask=(True, True, True)):
-    return norm_moments("layer_norm_moments", dy, x, mean, rstd, weight, [], dy.shape[2], eps, output_mask)
+    return norm_moments("layer_norm_moments", dy, x, mean, rstd, weight, [1], dy.shape[2], eps, output_mask)
+
+
+def rms_norm_moments(dy, x, rstd, weight, eps, output_mask=(True, True)):
+    mask = (*output_mask, False)
+    return norm_moments("layer_norm_moments", dy, x, None, rstd, weight, [0], dy.shape[2], eps, mask)[:3]
 
 
 def group_norm_moments(dy, x, mean, rstd, weight, groups, eps=1e-5, output_mask=(True, True, True)):
-    return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [groups], dy.shape[1], eps, output_mask)
+    return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [groups, 0], dy.shape[1], eps, output_mask)
+
+
+def batch_norm_moments(dy, x, mean, rstd, weight, output_mask=(True, True, True)):
+    channels = dy.shape[1]
+    return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [channels, 1], channels, 0.0, output_mask)
 
 
 def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violations, *, batch_size, lr, n_g, n_s,
@@ -241,7 +253,7 @@ def main():
     for name in ops.OPS:
         setattr(ops, name, globals()[name])
     status = pytest.main(sys.argv[2:])
-    few = [name for name in ops.OPS if most_tasks.get(name, 0) < 2]
+    few = [name for name in ops.OPS if most_tasks.get(SERVED_BY.get(name, name), 0) < 2]
     assert status or not few, f"never cut into several tasks: {few}"
     sys.exit(status)
 

@@ -21,7 +21,7 @@ from opchecks import (
     wide,
 )
 
-from perexample.ops import group_norm_moments, layer_norm_moments
+from perexample.ops import batch_norm_moments, group_norm_moments, layer_norm_moments, rms_norm_moments
 from perexample.testing import NORM_CASES
 
 # (B, T, D) of a LayerNorm, or (B, C, S), groups of a GroupNorm.
@@ -202,6 +202,95 @@ def test_empty_dimensions_give_zeros(which, shape, groups):
         assert torch.equal(moment, torch.zeros(shape[1] if groups else shape[2]))
 
 
+RMS = [shape for shape, groups in [*LAYER, *LARGE] if not groups]
+BATCH = [shape for shape, groups in [*GROUP, *LARGE] if groups]
+
+
+def check_rms(which, dy, x, weight, saved, mask=(True, True), eps=1e-3):
+    size = x.shape[2]
+    rstd = (x.to(wide(x.dtype)).square().mean(2) + eps).rsqrt() if saved else None
+    dx, dw, dw_sq = implementation("rms_norm_moments", which)(dy, x, rstd, weight, eps, mask)
+
+    def backward(b, d):
+        x_b = x[b : b + 1].to(d).requires_grad_()
+        w = (torch.ones(size) if weight is None else weight).to(d).detach().requires_grad_()
+        y = F.rms_norm(x_b, (size,), w, eps)
+        return torch.autograd.grad(y, (x_b, w), dy[b : b + 1].to(d))
+
+    compare(x, weight, mask, backward, (dx, (dw, dw_sq)), size)
+
+
+def check_batch(which, dy, x, weight, mask=(True, True, True)):
+    size = x.shape[1]
+    mean, rstd = torch.randn(size), torch.rand(size) + 0.5
+    constants = [s.to(wide(x.dtype)) for s in (mean, rstd)]
+    dx, dw, dw_sq, db, db_sq = implementation("batch_norm_moments", which)(dy, x, *constants, weight, mask)
+
+    def backward(b, d):
+        x_b = x[b : b + 1].to(d).requires_grad_()
+        w = (torch.ones(size) if weight is None else weight).to(d).detach().requires_grad_()
+        bias = torch.zeros(size, dtype=d, requires_grad=True)
+        y = (x_b - mean.to(d)[:, None]) * rstd.to(d)[:, None] * w[:, None] + bias[:, None]
+        return torch.autograd.grad(y, (x_b, w, bias), dy[b : b + 1].to(d))
+
+    compare(x, weight, mask, backward, (dx, (dw, dw_sq), (db, db_sq)), size)
+
+
+def compare(x, weight, mask, backward, results, size):
+    """Hold dx and the pairs of moments to those of `backward`, example by example."""
+    rows = {d: [backward(b, d) for b in range(x.shape[0])] for d in {torch.float64, wide(x.dtype)}}
+    grad_dtype = x.dtype if weight is None else weight.dtype
+    for index, result in enumerate(results):
+        if not mask[index]:
+            check_empty(*([result] if index == 0 else result))
+        elif index == 0:
+            exact, stock = (
+                torch.cat([row[0] for row in rows[d]] or [torch.empty(x.shape, dtype=d)])
+                for d in (torch.float64, wide(x.dtype))
+            )
+            check_tensor(result, exact, stock, x.dtype, "dx")
+        else:
+            contribution = lambda b, d, index=index: rows[d][b][index]  # noqa: E731
+            check_moments(result, contribution, x.shape[0], (size,), x.dtype, grad_dtype)
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("shape", RMS, ids=str)
+def test_rms_norm_cases_equal_the_loop_over_examples(which, dtype, saved, shape):
+    dy, x = problem(shape, dtype)
+    check_rms(which, dy, x, weight_for(shape, 0, dtype), saved)
+    check_rms(which, dy, x, None, saved)
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("shape", BATCH, ids=str)
+def test_batch_norm_cases_equal_the_loop_over_examples(which, dtype, shape):
+    dy, x = problem(shape, dtype)
+    check_batch(which, dy, x, weight_for(shape, 1, dtype))
+    check_batch(which, dy, x, None)
+
+
+@both
+@pytest.mark.parametrize("layout", [*LAYOUTS, "contiguous"])
+def test_rms_and_batch_norm_in_any_memory_layout_and_with_any_mask(which, layout):
+    dy, x = problem((3, 6, 33))
+    dy, x = (t if layout == "contiguous" else relaid(t, layout) for t in (dy, x))
+    for mask in product([True, False], repeat=3):
+        check_rms(which, dy, x, weight_for((3, 6, 33), 0, torch.float16), False, mask[:2])
+        check_batch(which, dy, x, weight_for((3, 6, 33), 1, torch.float64), mask)
+
+
+@both
+def test_rms_and_batch_norm_of_an_expanded_gradient(which):
+    for dy in expanded((3, 5, 17)):
+        x = problem((3, 5, 17))[1]
+        check_rms(which, dy, x, None, False)
+        check_batch(which, dy, x, None)
+
+
 X, S = torch.ones(2, 3, 4), torch.ones(2, 3)
 LAYER_ERRORS = [
     ((1, X, S, S, None), TypeError, "dy must be a Tensor, got int"),
@@ -222,10 +311,27 @@ GROUP_ERRORS = [
     ((G, G, None, None, torch.ones(5), 2), ValueError, "weight must be (C=4,), got (5,)"),
 ]
 
+RMS_ERRORS = [
+    ((X[0], X, None, None, 1e-5), ValueError, "dy must be of shape (B, T, D), got (3, 4)"),
+    ((X, X[:1], None, None, 1e-5), ValueError, "x must be (2, 3, 4) like dy, got (1, 3, 4)"),
+    ((X, X, S.T, None, 1e-5), ValueError, "rstd must be (B, T) = (2, 3), got (3, 2)"),
+    ((X, X, S.double(), None, 1e-5), TypeError, "rstd must be torch.float32, got torch.float64"),
+    ((X, X, None, torch.ones(3), 1e-5), ValueError, "weight must be (D=4,), got (3,)"),
+]
+BATCH_ERRORS = [
+    ((G, G[:, :2], S[0], S[0], None), ValueError, "x must be (2, 4, 5) like dy, got (2, 2, 5)"),
+    ((G, G, S[0], S[0], None), ValueError, "mean must be (C,) = (4,), got (3,)"),
+    ((G, G, G[0, :, 0], G[0, :, 0].double(), None), TypeError, "rstd must be torch.float32, got torch.float64"),
+    ((G, G, G[0, :, 0], G[0, :, 0], torch.ones(5)), ValueError, "weight must be (C=4,), got (5,)"),
+]
+
 
 @pytest.mark.parametrize(
     ("function", "arguments", "error", "message"),
-    [(layer_norm_moments, *row) for row in LAYER_ERRORS] + [(group_norm_moments, *row) for row in GROUP_ERRORS],
+    [(layer_norm_moments, *row) for row in LAYER_ERRORS]
+    + [(group_norm_moments, *row) for row in GROUP_ERRORS]
+    + [(rms_norm_moments, *row) for row in RMS_ERRORS]
+    + [(batch_norm_moments, *row) for row in BATCH_ERRORS],
     ids=lambda value: None,
 )
 def test_errors_say_what_was_expected_and_what_came(function, arguments, error, message):

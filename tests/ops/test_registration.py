@@ -95,6 +95,16 @@ def samples(name, scale=1):
             ((rand(2, 8, 90 * s), rand(2, 8, 90 * s), rand(2, 4), rand(2, 4), None, 4, 1e-5, [True, True, False]), {}),
             ((rand(2, 8, 3).half(), rand(2, 8, 3).half(), None, None, rand(8), 2, 1e-5, [False, True, True]), {}),
         ],
+        "rms_norm_moments": lambda: [
+            ((rand(4 * s, 6, 40), rand(4 * s, 6, 40), None, rand(40), 1e-5, [True, True]), {}),
+            ((rand(9 * s, 2, 8).mT.contiguous().mT, rand(9 * s, 2, 8), rand(9 * s, 2), None, 1e-5, [True, False]), {}),
+            ((rand(2, 3, 8).half(), rand(2, 3, 8).half(), None, rand(8), 1e-5, [False, True]), {}),
+        ],
+        "batch_norm_moments": lambda: [
+            ((rand(4 * s, 6, 40), rand(4 * s, 6, 40), rand(6), rand(6), rand(6), [True, True, True]), {}),
+            ((rand(90 * s, 8, 1), rand(90 * s, 8, 1), rand(8), rand(8), None, [True, True, False]), {}),
+            ((rand(2, 8, 3).half(), rand(2, 8, 3).half(), rand(8), rand(8), rand(8), [False, True, True]), {}),
+        ],
         "adam_step_": lambda: [
             adam([(700 * s,), (3, 5), ()]),
             adam([(7000 * s,), (3, 5), (9000 * s,)], torch.bfloat16),

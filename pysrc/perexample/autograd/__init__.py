@@ -4,10 +4,23 @@ Each takes, beside the parameters, their leaves (see `moments`), and returns the
 gradient. A parameter and its leaf are wanted together: where the leaf is None the parameter is frozen.
 """
 
-from .conv import conv
+from .conv import conv, conv_transpose
 from .count import count_examples
 from .embedding import embedding
 from .linear import linear
-from .norm import group_norm, layer_norm
+from .norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from .reduce import expand
 
-__all__ = ["conv", "count_examples", "embedding", "group_norm", "layer_norm", "linear"]
+__all__ = [
+    "batch_norm",
+    "conv",
+    "conv_transpose",
+    "count_examples",
+    "embedding",
+    "expand",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+]

@@ -40,6 +40,8 @@ def one_use(dy: Tensor, wanted: bool) -> Tensor | None:
     return torch.ones((), device=dy.device) if wanted else None
 
 
-def rows(x: Tensor) -> Tensor:
-    """(B, ..., D) -> (B, T, D), a view wherever the strides allow one."""
+def rows(x: Tensor, batch_dim: int = 0) -> Tensor:
+    """(B, ..., D) -> (B, T, D), with the batch wherever `batch_dim` says; a view wherever the strides allow one."""
+    if batch_dim:
+        x = x.movedim(batch_dim, 0)
     return x.unsqueeze(1) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(1, -2)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ._common import autocast, check_dtype, one_use, ops
 
-__all__ = ["conv"]
+__all__ = ["conv", "conv_transpose"]
 
 
 class _Conv(Function):
@@ -78,3 +79,76 @@ def conv(
     check_dtype("Conv", x, weight, context)
     with context:
         return _Conv.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, stride, padding, dilation, groups)
+
+
+class _ConvTranspose(Function):
+    """MATHS (5), x and dy in exchanged roles. x: (B, C, *in), weight: (C, O / groups, *kernel) -> (B, O, *out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        uses: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        output_padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        ctx.geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
+        ctx.grad_dtype = weight.dtype
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, output_padding, dilation, groups = ctx.geometry
+        want_x, _, _, want_weight, want_bias, want_uses = ctx.needs_input_grad[:6]
+        dx = dw = db = dw_sq = db_sq = None
+        if want_x:
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, stride, padding, dilation, True, output_padding, groups, [True, False, False]
+            )
+        if want_weight:
+            # The forward pass is the input gradient of a convolution that takes (B, O, *out) to (B, C, *in). Where the
+            # output padding reaches a stride, that convolution has positions that x has not: zeros.
+            extra = [p // s for p, s in zip(output_padding, stride, strict=True)]
+            if any(extra):
+                x = F.pad(x, [n for size in reversed(extra) for n in (0, size)])
+            dw, dw_sq, _, _ = ops.conv_moments(
+                x, dy, list(weight.shape[2:]), stride, padding, dilation, groups, False, ctx.grad_dtype
+            )
+        if want_bias:
+            db, db_sq = ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
+        return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None, None
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_leaf: Tensor | None,
+    bias_leaf: Tensor | None,
+    uses: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``F.conv_transpose1d/2d/3d`` with second moments. x: (B, C, *in)."""
+    dtype, context = autocast(x, low_precision=True)
+    check_dtype("ConvTranspose", x, weight, context)
+    leaves = weight_leaf, bias_leaf, uses
+    with context:
+        return _ConvTranspose.apply(
+            x.to(dtype), weight, bias, *leaves, stride, padding, output_padding, dilation, groups
+        )

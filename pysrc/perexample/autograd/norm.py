@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..ops._library import accumulate_dtype
 from ._common import autocast, one_use, ops
 
-__all__ = ["group_norm", "layer_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -23,8 +24,23 @@ def _statistics(x: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]) -
     return mean.reshape(shape), rstd.reshape(shape)
 
 
+def _positions(x: Tensor, normalized: int, batch_dim: int) -> Tensor:
+    """(B, ..., *normalized) -> (B, T, D)."""
+    if batch_dim:
+        x = x.movedim(batch_dim, 0)
+    split = x.dim() - normalized
+    return x.reshape(x.shape[0], x.shape[1:split].numel(), x.shape[split:].numel())
+
+
+def _unflatten(dx: Tensor, like: Tensor, batch_dim: int) -> Tensor:
+    """The reverse of `_positions`, to the shape of `like`."""
+    if not batch_dim:
+        return dx.reshape(like.shape)
+    return dx.reshape(like.movedim(batch_dim, 0).shape).movedim(0, batch_dim)
+
+
 class _LayerNorm(Function):
-    """MATHS (7). x: (B, ..., *normalized_shape), weight and bias: normalized_shape or None."""
+    """MATHS (7). x: (B, ..., *normalized_shape), the batch as `batch_dim`; weight, bias: normalized_shape or None."""
 
     @staticmethod
     def forward(
@@ -37,8 +53,9 @@ class _LayerNorm(Function):
         uses: Tensor | None,
         normalized_shape: Sequence[int],
         eps: float,
+        batch_dim: int,
     ) -> Tensor:
-        ctx.eps, ctx.normalized = eps, len(normalized_shape)
+        ctx.eps, ctx.normalized, ctx.batch_dim = eps, len(normalized_shape), batch_dim
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
@@ -48,27 +65,83 @@ class _LayerNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-        normalized = x.shape[x.dim() - ctx.normalized :]
-        width = normalized.numel()
-        positions = x.shape[1 : x.dim() - ctx.normalized].numel()
-        rows = (x.shape[0], positions, width)
+        shape = x.shape[x.dim() - ctx.normalized :]
+        rows = _positions(x, ctx.normalized, ctx.batch_dim)
+        if mean.dtype != accumulate_dtype(x.dtype) or x.dtype != mean.dtype:
+            mean = rstd = None  # rounded ones: the op makes better ones
+        else:
+            mean, rstd = (_positions(s, ctx.normalized, ctx.batch_dim).squeeze(2) for s in (mean, rstd))
         results = ops.layer_norm_moments(
-            dy.reshape(rows),
-            x.reshape(rows),
-            *_statistics(x, mean, rstd, rows[:2]),
-            None if weight is None else weight.reshape(width),
+            _positions(dy, ctx.normalized, ctx.batch_dim),
+            rows,
+            mean,
+            rstd,
+            None if weight is None else weight.reshape(rows.shape[2]),
             ctx.eps,
             want,
         )
-        return (*_norm_grads(results, want, x.shape, normalized), one_use(dy, ctx.needs_input_grad[5]), None, None)
+        grads = _norm_grads(results, want, shape)
+        dx = _unflatten(results[0], x, ctx.batch_dim) if want[0] else None
+        return (dx, *grads, one_use(dy, ctx.needs_input_grad[5]), None, None, None)
 
 
-def _norm_grads(
-    results: Sequence[Tensor], want: Sequence[bool], x_shape: Sequence[int], shape: Sequence[int]
-) -> tuple[Tensor | None, ...]:
-    dx, dw, dw_sq, db, db_sq = results
+def _half_precision_eps(dtype: torch.dtype) -> float:
+    """What ``F.rms_norm(eps=None)`` uses: the eps of float32, or in older versions that of `dtype`. Asked once."""
+    small = F.rms_norm(torch.full((1,), 2.0**-9, dtype=dtype), (1,))
+    return torch.finfo(torch.float32 if small.item() > 0.5 else dtype).eps
+
+
+_DEFAULT_EPS = {dtype: _half_precision_eps(dtype) for dtype in (torch.bfloat16, torch.float16)}
+
+
+class _RMSNorm(Function):
+    """MATHS (7). x: (B, ..., *normalized_shape), the batch as `batch_dim`; weight: normalized_shape or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        weight_leaf: Tensor | None,
+        uses: Tensor | None,
+        normalized_shape: Sequence[int],
+        eps: float,
+        batch_dim: int,
+    ) -> Tensor:
+        ctx.eps, ctx.normalized, ctx.batch_dim = eps, len(normalized_shape), batch_dim
+        ctx.save_for_backward(x, weight)
+        return F.rms_norm(x, normalized_shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        shape = x.shape[x.dim() - ctx.normalized :]
+        rows = _positions(x, ctx.normalized, ctx.batch_dim)
+        dx, dw, dw_sq = ops.rms_norm_moments(
+            _positions(dy.to(x.dtype), ctx.normalized, ctx.batch_dim),
+            rows,
+            None,
+            None if weight is None else weight.reshape(rows.shape[2]),
+            ctx.eps,
+            want,
+        )
+        return (
+            _unflatten(dx, x, ctx.batch_dim) if want[0] else None,
+            dw.reshape(shape) if want[1] else None,
+            dw_sq.reshape(shape) if want[1] else None,
+            one_use(dy, ctx.needs_input_grad[3]),
+            None,
+            None,
+            None,
+        )
+
+
+def _norm_grads(results: Sequence[Tensor], want: Sequence[bool], shape: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """The gradients of weight, bias and their leaves."""
+    _, dw, dw_sq, db, db_sq = results
     return (
-        dx.reshape(x_shape) if want[0] else None,
         dw.reshape(shape) if want[1] else None,
         db.reshape(shape) if want[2] else None,
         dw_sq.reshape(shape) if want[1] else None,
@@ -85,11 +158,29 @@ def layer_norm(
     uses: Tensor | None,
     normalized_shape: Sequence[int],
     eps: float,
+    batch_dim: int = 0,
 ) -> Tensor:
-    """``F.layer_norm`` with second moments. x: (B, ..., *normalized_shape)."""
+    """``F.layer_norm`` with second moments. x: (B, ..., *normalized_shape), the batch as dimension `batch_dim`."""
     dtype, context = autocast(x, low_precision=False)
     with context:
-        return _LayerNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, list(normalized_shape), eps)
+        return _LayerNorm.apply(
+            x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, list(normalized_shape), eps, batch_dim
+        )
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    weight_leaf: Tensor | None,
+    uses: Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float | None,
+    batch_dim: int = 0,
+) -> Tensor:
+    """``F.rms_norm`` with second moments. x: (B, ..., *normalized_shape), the batch as dimension `batch_dim`."""
+    if eps is None:
+        eps = _DEFAULT_EPS.get(x.dtype, torch.finfo(x.dtype).eps)
+    return _RMSNorm.apply(x, weight, weight_leaf, uses, list(normalized_shape), eps, batch_dim)
 
 
 class _GroupNorm(Function):
@@ -133,7 +224,91 @@ class _GroupNorm(Function):
             ctx.eps,
             want,
         )
-        return (*_norm_grads(results, want, x.shape, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None, None)
+        dx = results[0].reshape(x.shape) if want[0] else None
+        return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None, None)
+
+
+class _InstanceNorm(Function):
+    """MATHS (7): GroupNorm with a group for each channel. x: (B, C, ...), weight and bias: (C,) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        uses: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.eps = eps
+        batch, channels = x.shape[:2]
+        # F.instance_norm as well is batch norm of one example with B C channels.
+        y, mean, rstd = torch.native_batch_norm(
+            x.reshape(1, batch * channels, *x.shape[2:]),
+            None if weight is None else weight.repeat(batch),
+            None if bias is None else bias.repeat(batch),
+            None,
+            None,
+            True,
+            0.0,
+            eps,
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+        batch, channels = x.shape[:2]
+        rows = (batch, channels, x.shape[2:].numel())
+        results = ops.group_norm_moments(
+            dy.reshape(rows),
+            x.reshape(rows),
+            *_statistics(x, mean, rstd, (batch, channels)),
+            weight,
+            channels,
+            ctx.eps,
+            want,
+        )
+        dx = results[0].reshape(x.shape) if want[0] else None
+        return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None)
+
+
+class _BatchNorm(Function):
+    """MATHS (7) with constant statistics. x: (B, C, ...), mean and variance: (C,), weight and bias: (C,) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        uses: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+    ) -> Tensor:
+        wide = accumulate_dtype(x.dtype)
+        ctx.save_for_backward(x, weight, mean.to(wide), (variance.to(wide) + eps).rsqrt())
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+        batch, channels = x.shape[:2]
+        rows = (batch, channels, x.shape[2:].numel())
+        results = ops.batch_norm_moments(dy.reshape(rows), x.reshape(rows), mean, rstd, weight, want)
+        dx = results[0].reshape(x.shape) if want[0] else None
+        grads = _norm_grads(results, want, (channels,))
+        return (dx, *grads, one_use(dy, ctx.needs_input_grad[5]), None, None, None)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -156,3 +331,31 @@ def group_norm(
     dtype, context = autocast(x, low_precision=False)
     with context:
         return _GroupNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, groups, eps)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_leaf: Tensor | None,
+    bias_leaf: Tensor | None,
+    uses: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``F.instance_norm`` by the statistics of the input, with second moments. x: (B, C, ...)."""
+    return _InstanceNorm.apply(x, weight, bias, weight_leaf, bias_leaf, uses, eps)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_leaf: Tensor | None,
+    bias_leaf: Tensor | None,
+    uses: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm`` in eval mode with second moments. x: (B, C, ...); mean, variance: (C,), constants."""
+    return _BatchNorm.apply(x, weight, bias, weight_leaf, bias_leaf, uses, mean, variance, eps)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import autograd
 from ..moments import MomentModule
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 
 
 class _Conv(MomentModule):
@@ -53,3 +55,38 @@ class Conv2d(_Conv, nn.Conv2d):
 
 class Conv3d(_Conv, nn.Conv3d):
     """torch.nn.Conv3d whose backward also computes ``p.sum_grad_squared`` (MATHS 5). Input (B, C, D, H, W)."""
+
+
+class _ConvTranspose(MomentModule):
+    """What the three have in common."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        spatial = len(self.kernel_size)
+        if not self._tracking(input, spatial + 2, "weight", "bias"):
+            return super().forward(input, output_size)
+        output_padding = self._output_padding(  # type: ignore[operator]
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return autograd.conv_transpose(
+            input,
+            self.weight,
+            self.bias,
+            *self._leaves("weight", "bias"),
+            self.stride,
+            self.padding,
+            output_padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """torch.nn.ConvTranspose1d whose backward also computes ``p.sum_grad_squared`` (MATHS 5). Input (B, C, L)."""
+
+
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d whose backward also computes ``p.sum_grad_squared`` (MATHS 5). Input (B, C, H, W)."""
+
+
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """torch.nn.ConvTranspose3d whose backward also computes ``p.sum_grad_squared`` (MATHS 5). Input (B, C, D, H, W)."""

@@ -24,4 +24,4 @@ class Linear(MomentModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self._tracking(input, 2, "weight", "bias"):
             return super().forward(input)
-        return autograd.linear(input, self.weight, self.bias, *self._leaves("weight", "bias"))
+        return autograd.linear(input, self.weight, self.bias, *self._leaves("weight", "bias"), self.batch_dim)

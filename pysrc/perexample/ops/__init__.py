@@ -5,7 +5,7 @@ from .adam import adam_step_
 from .conv import conv_moments
 from .embedding import embedding_moments
 from .linear import linear_moments
-from .norm import group_norm_moments, layer_norm_moments
+from .norm import batch_norm_moments, group_norm_moments, layer_norm_moments, rms_norm_moments
 from .optimizer import optimizer_step_
 from .reduce import bias_moments, reduce_moments
 
@@ -13,6 +13,7 @@ __all__ = [
     "NAMESPACE",
     "OPS",
     "adam_step_",
+    "batch_norm_moments",
     "bias_moments",
     "conv_moments",
     "embedding_moments",
@@ -21,4 +22,5 @@ __all__ = [
     "linear_moments",
     "optimizer_step_",
     "reduce_moments",
+    "rms_norm_moments",
 ]
