@@ -182,7 +182,7 @@ def _refusal(module: nn.Module, own: Sequence[nn.Parameter], users: dict[int, li
         return ""
     names = ", ".join(name for name, p in module._parameters.items() if p is not None)
     return (
-        f"holds parameters ({names}) and is none of {', '.join(cls.__name__ for cls in LAYERS)}; build it from these, "
+        f"holds parameters ({names}) and is none of the layers of perexample.nn; build it from these, "
         f"or freeze its parameters (requires_grad_(False))"
     )
 
