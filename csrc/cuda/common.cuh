@@ -1,0 +1,196 @@
+// What kernels of several ops share: dtypes, operands of any layout, outputs, partial sums.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+#include "plan.h"
+#include "ptx.cuh"
+
+namespace perexample::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The type in which numbers of type T are added up.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Host: calls f with a value of the C++ type of `dtype`.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+  }
+}
+
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Device: element `index` of an array whose dtype is known at run time only.
+template <class A>
+PX_DEVICE void store(void* data, DType dtype, int64_t index, A value) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(data)[index] = static_cast<float>(value);
+  } else if (dtype == DType::f64) {
+    static_cast<double*>(data)[index] = static_cast<double>(value);
+  } else if (dtype == DType::bf16) {
+    static_cast<bf16*>(data)[index] = to_bf16(static_cast<float>(value));
+  } else {
+    static_cast<f16*>(data)[index] = to_f16(static_cast<float>(value));
+  }
+}
+
+// A gradient and its second moment; null where not wanted.
+struct Moments {
+  void* sum;
+  void* sum_sq;  // Wide
+  DType sum_dtype;
+
+  template <class A>
+  PX_DEVICE void put(int64_t index, A g, A s) const {
+    store(sum, sum_dtype, index, g);
+    static_cast<A*>(sum_sq)[index] = s;
+  }
+};
+
+inline void zero(const Moments& m, int64_t count, DType inputs, void* stream) {
+  fill_zero(m.sum, count * bytes_of(m.sum_dtype), stream);
+  fill_zero(m.sum_sq, count * (inputs == DType::f64 ? 8 : 4), stream);
+}
+
+// Element (group, b, t, c) of an operand of any strides.
+struct Strided {
+  const char* data;
+  int64_t group_stride, b_stride, t_stride, c_stride;  // in bytes
+  int64_t columns;
+  bool along_positions;  // neighbours in memory are neighbours in t, not in c
+
+  PX_DEVICE const char* at(int64_t group, int64_t b, int64_t t, int64_t c) const {
+    return data + group * group_stride + b * b_stride + t * t_stride + c * c_stride;
+  }
+  // How many of the 16 bytes from column c on belong to the row.
+  PX_DEVICE int vector_bytes(int64_t c, int element) const {
+    int64_t bytes = (columns - c) * element;
+    return bytes < 0 ? 0 : bytes > 16 ? 16 : static_cast<int>(bytes);
+  }
+  // Where column c stands in a row of the result.
+  PX_DEVICE int64_t result(int64_t c) const { return c; }
+};
+
+// Whether rows of the operand can be read 16 bytes at a time.
+inline bool vectors(const Strided& s, int64_t element) {
+  auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
+  return s.c_stride == element && aligned(s.t_stride) && aligned(s.b_stride) &&
+         aligned(s.group_stride) &&
+         aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(s.data)));
+}
+
+// The (outputs, inputs) matrices of all groups, one below the other.
+struct Matrix {
+  Moments moments;
+  int64_t outputs, inputs;  // of one group
+
+  // Columns c and c + 1 of a row.
+  template <class X>
+  PX_DEVICE void put_pair(const X& x, int64_t group, int64_t row, int64_t c, float g0, float g1,
+                          float s0, float s1) const {
+    if (row >= outputs || c >= inputs) return;
+    int64_t first = (group * outputs + row) * inputs;
+    if (std::is_same_v<X, Strided> && moments.sum_dtype == DType::f32 && inputs % 2 == 0) {
+      *reinterpret_cast<float2*>(static_cast<float*>(moments.sum) + first + c) =
+          make_float2(g0, g1);
+      *reinterpret_cast<float2*>(static_cast<float*>(moments.sum_sq) + first + c) =
+          make_float2(s0, s1);
+      return;
+    }
+    moments.put(first + x.result(c), g0, s0);
+    if (c + 1 < inputs) moments.put(first + x.result(c + 1), g1, s1);
+  }
+};
+
+// ---- Partial sums -------------------------------------------------------------------------------
+// A slot holds the sums g of a tile, then the sums of squares s, each as float4s in the order
+// [register / 4][thread]: what one thread holds goes out and comes back in coalesced vectors.
+// Layout: kThreads, kRegisters (of g, a thread), and position(thread, register, row, column).
+
+template <class Layout>
+PX_HOST_DEVICE constexpr int64_t slot_vectors() {
+  return int64_t{Layout::kThreads} * Layout::kRegisters / 2;
+}
+
+template <class Layout>
+PX_DEVICE void write_slot(float4* slot, int thread, const float* g, const float* s,
+                          bool with_squares) {
+#pragma unroll
+  for (int r = 0; r < Layout::kRegisters; r += 4) {
+    slot[r / 4 * Layout::kThreads + thread] = make_float4(g[r], g[r + 1], g[r + 2], g[r + 3]);
+  }
+  if (!with_squares) return;
+  slot += slot_vectors<Layout>() / 2;
+#pragma unroll
+  for (int r = 0; r < Layout::kRegisters; r += 4) {
+    slot[r / 4 * Layout::kThreads + thread] = make_float4(s[r], s[r + 1], s[r + 2], s[r + 3]);
+  }
+}
+
+constexpr int kAddThreads = 256;
+
+// Adds the slots of every cut tile: over parts, and where examples are cut first over the chunks of
+// one example, whose sum is then squared.
+template <class Layout, class X>
+__global__ void __launch_bounds__(kAddThreads)
+    add_slots(const float4* workspace, const Plan plan, const Matrix out, const X x) {
+  constexpr int64_t kHalf = slot_vectors<Layout>() / 2;
+  constexpr int64_t kCtas = (kHalf + kAddThreads - 1) / kAddThreads;  // of a tile
+  int64_t cut = blockIdx.x / kCtas;
+  int64_t vector = blockIdx.x % kCtas * kAddThreads + threadIdx.x;
+  if (vector >= kHalf) return;
+  int64_t per_tile = plan.parts * plan.chunks;
+  const float4* slot = workspace + cut * per_tile * 2 * kHalf + vector;
+  float g[4] = {}, s[4] = {};
+  for (int64_t part = 0; part < plan.parts; ++part) {
+    float4 sum = *slot;
+    if (plan.chunks == 1) {
+      float4 squares = slot[kHalf];
+      s[0] += squares.x, s[1] += squares.y, s[2] += squares.z, s[3] += squares.w;
+    }
+    slot += 2 * kHalf;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk, slot += 2 * kHalf) {
+      float4 more = *slot;
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    g[0] += sum.x, g[1] += sum.y, g[2] += sum.z, g[3] += sum.w;
+    if (plan.chunks > 1) {
+      s[0] += sum.x * sum.x, s[1] += sum.y * sum.y, s[2] += sum.z * sum.z, s[3] += sum.w * sum.w;
+    }
+  }
+  Job j = job(plan, plan.whole + cut * per_tile);
+  int thread = static_cast<int>(vector % Layout::kThreads);
+  int first = static_cast<int>(vector / Layout::kThreads) * 4;
+#pragma unroll
+  for (int r = 0; r < 4; r += 2) {
+    int row, column;
+    Layout::position(thread, first + r, row, column);
+    out.put_pair(x, j.group, j.row * Layout::kRows + row, j.column * Layout::kColumns + column,
+                 g[r], g[r + 1], s[r], s[r + 1]);
+  }
+}
+
+template <class Layout, class X>
+void launch_add_slots(const void* workspace, const Plan& plan, const Matrix& out, const X& x,
+                      const Device& device) {
+  int64_t cut = plan.tiles() - plan.whole;
+  int64_t ctas = cut * ceil_div(slot_vectors<Layout>() / 2, kAddThreads);
+  launch(add_slots<Layout, X>, {ctas, kAddThreads}, device.stream,
+         static_cast<const float4*>(workspace), plan, out, x);
+}
+
+}  // namespace perexample::cuda

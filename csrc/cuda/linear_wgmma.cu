@@ -1,0 +1,64 @@
+// Launches the Hopper kernel of linear_moments.
+#include "linear_wgmma.cuh"
+#include "linear_wgmma.h"
+
+namespace perexample::cuda {
+namespace {
+
+// TMA's strides: multiples of 16 bytes. The stride of a dimension of one element means nothing.
+bool takes(const void* data, const int64_t* stride, int64_t batch) {
+  auto aligned = [](int64_t elements) { return elements > 0 && elements % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[2] == 1 && aligned(stride[1]) &&
+         (batch == 1 || aligned(stride[0]));
+}
+
+}  // namespace
+
+bool takes_wgmma(const Linear& a, const Device& device) {
+  constexpr int64_t kMost = int64_t{1} << 31;  // coordinates of TMA
+  return device.capability == 90 && (a.dtype == DType::bf16 || a.dtype == DType::f16) && a.T > 1 &&
+         a.B < kMost && a.T < kMost && a.O < kMost && a.I < kMost &&
+         takes(a.dy, a.dy_stride, a.B) && takes(a.x, a.x_stride, a.B);
+}
+
+void linear_moments_wgmma(const Linear& arguments, const Device& device) {
+  Linear a = arguments;
+  if (a.B == 1) a.dy_stride[0] = a.T * a.dy_stride[1], a.x_stride[0] = a.T * a.x_stride[1];
+  const Strided x{nullptr, 0, 0, 0, 0, a.I, false};  // TMA reads; this only says where results go
+  const Matrix out{{a.dw, a.dw_sq, a.grad_dtype}, a.O, a.I};
+  const Moments bias{a.db, a.db_sq, a.grad_dtype};
+  // A pair of CTAs shares x, but covers 256 rows.
+  const bool pair = a.O > 128;
+  auto choose = [&](auto f16, auto with_bias) {
+    constexpr bool kF16 = decltype(f16)::value, kBias = decltype(with_bias)::value;
+    auto examples = [&](auto cluster) {
+      constexpr int kCluster = decltype(cluster)::value;
+      if (a.T <= 16) {
+        launch_wgmma<WgmmaTile<kF16, kCluster, 16, kBias>>(a, x, out, bias, device);
+      } else if (a.T <= 32) {
+        launch_wgmma<WgmmaTile<kF16, kCluster, 32, kBias>>(a, x, out, bias, device);
+      } else {
+        launch_wgmma<WgmmaTile<kF16, kCluster, 0, kBias>>(a, x, out, bias, device);
+      }
+    };
+    if (pair) {
+      examples(std::integral_constant<int, 2>{});
+    } else {
+      examples(std::integral_constant<int, 1>{});
+    }
+  };
+  auto dtype = [&](auto with_bias) {
+    if (a.dtype == DType::f16) {
+      choose(std::true_type{}, with_bias);
+    } else {
+      choose(std::false_type{}, with_bias);
+    }
+  };
+  if (a.db != nullptr) {
+    dtype(std::true_type{});
+  } else {
+    dtype(std::false_type{});
+  }
+}
+
+}  // namespace perexample::cuda

@@ -1,0 +1,155 @@
+// bias_moments and reduce_moments: sums over examples, and over the positions of each.
+//
+//   G_b[o] = sum_t dy[b,t,o];   db = sum_b G_b;   db_sq = sum_b G_b^2                 MATHS (3),
+//   (8)
+#include "common.cuh"
+
+namespace perexample::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// How the threads of a CTA share its columns, examples and positions.
+enum class Share {
+  kColumns,    // one thread a column
+  kExamples,   // 8 threads a column: each sums every eighth example
+  kPositions,  // 8 threads a column: each sums every eighth position of an example
+  kWarps,      // 32 threads a column, neighbours in the positions, along which dy is dense
+};
+
+template <Share kShare>
+constexpr int kColumnsOf = kShare == Share::kColumns ? kThreads
+                           : kShare == Share::kWarps ? 8
+                                                     : 32;
+
+template <class A>
+PX_DEVICE A add_in_warp(A x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// slots: [slot][g, s][column of the tile].
+template <class T, Share kShare>
+__global__ void __launch_bounds__(kThreads)
+    column_moments(const T* dy, const int64_t b_stride, const int64_t t_stride,
+                   const int64_t o_stride, const int64_t columns, const Plan plan,
+                   const Moments out, Wide<T>* slots) {
+  using A = Wide<T>;
+  constexpr int kColumns = kColumnsOf<kShare>, kSharers = kThreads / kColumns;
+  __shared__ A part[2][kSharers][kColumns];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int mine = kShare == Share::kWarps ? thread / 32 : thread % kColumns;
+  const int sharer = kShare == Share::kWarps ? thread % 32 : thread / kColumns;
+  for (int64_t index = blockIdx.x; index < plan.jobs; index += gridDim.x) {
+    const Job j = job(plan, index);
+    const int64_t column = j.column * kColumns + mine;
+    const bool exists = column < columns;
+    const T* first = dy + (exists ? column : 0) * o_stride;
+    A g = 0, s = 0;
+    auto add = [&](A G) { g += G, s += G * G; };
+    constexpr bool kWithin = kShare == Share::kPositions || kShare == Share::kWarps;
+    const int64_t b_first = j.b0 + (kWithin ? 0 : sharer), b_step = kWithin ? 1 : kSharers;
+    for (int64_t b = b_first; b < j.b1; b += b_step) {
+      A G = 0;
+      const int64_t t_first = j.t0 + (kWithin ? sharer : 0), t_step = kWithin ? kSharers : 1;
+#pragma unroll 4
+      for (int64_t t = t_first; t < j.t1; t += t_step) {
+        G += widen(first[b * b_stride + t * t_stride]);
+      }
+      if constexpr (kShare == Share::kWarps) {
+        add(add_in_warp(G));
+      } else if constexpr (kShare == Share::kPositions) {
+        __syncthreads();
+        part[0][sharer][mine] = G;
+        __syncthreads();
+        if (sharer == 0) {
+          for (int q = 1; q < kSharers; ++q) G += part[0][q][mine];
+          add(G);
+        }
+      } else {
+        add(G);
+      }
+    }
+    if constexpr (kShare == Share::kExamples) {
+      __syncthreads();
+      part[0][sharer][mine] = g, part[1][sharer][mine] = s;
+      __syncthreads();
+      if (sharer == 0) {
+        for (int q = 1; q < kSharers; ++q) g += part[0][q][mine], s += part[1][q][mine];
+      }
+    }
+    if (sharer != 0 || !exists) continue;
+    if (j.slot >= 0) {
+      A* slot = slots + j.slot * 2 * kColumns + mine;
+      slot[0] = g, slot[kColumns] = s;
+    } else {
+      out.put(column, g, s);
+    }
+  }
+}
+
+template <class A, int kColumns>
+__global__ void __launch_bounds__(kColumns)
+    add_columns(const A* slots, const int64_t columns, const Plan plan, const Moments out) {
+  const int64_t per_tile = plan.parts * plan.chunks;
+  const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
+  const int64_t column = j.column * kColumns + threadIdx.x;
+  if (column >= columns) return;
+  const A* slot = slots + blockIdx.x * per_tile * 2 * kColumns + threadIdx.x;
+  A g = 0, s = 0;
+  for (int64_t part = 0; part < plan.parts; ++part) {
+    A G = 0;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kColumns) {
+      G += slot[0];
+      if (plan.chunks == 1) s += slot[kColumns];
+    }
+    g += G;
+    if (plan.chunks > 1) s += G * G;
+  }
+  out.put(column, g, s);
+}
+
+template <class T, Share kShare>
+void launch_columns(const Bias& a, const Moments& out, const Device& device) {
+  constexpr int kColumns = kColumnsOf<kShare>;
+  constexpr bool kCut = kShare == Share::kPositions || kShare == Share::kWarps;
+  // Several CTAs a multiprocessor keep enough loads in flight.
+  Plan p = plan(1, 1, a.O, 1, kColumns, a.B, a.T, kCut ? 64 : a.T, 8 * device.multiprocessors);
+  void* slots = nullptr;
+  if (p.slots() > 0) {
+    slots = device.allocate(device.ctx,
+                            p.slots() * 2 * kColumns * static_cast<int64_t>(sizeof(Wide<T>)));
+  }
+  launch(column_moments<T, kShare>, {p.ctas, kThreads}, device.stream, static_cast<const T*>(a.dy),
+         a.dy_stride[0], a.dy_stride[1], a.dy_stride[2], a.O, p, out, static_cast<Wide<T>*>(slots));
+  launch(add_columns<Wide<T>, kColumns>, {p.tiles() - p.whole, kColumns}, device.stream,
+         static_cast<const Wide<T>*>(slots), a.O, p, out);
+}
+
+}  // namespace
+
+void bias_moments(const Bias& a, const Device& device) {
+  const Moments out{a.db, a.db_sq, a.grad_dtype};
+  if (a.B == 0 || a.T == 0 || a.O == 0) return zero(out, a.O, a.dtype, device.stream);
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (a.T > 1 && a.dy_stride[1] == 1 && a.dy_stride[2] != 1) {
+      launch_columns<T, Share::kWarps>(a, out, device);
+    } else if (a.T >= 8) {
+      launch_columns<T, Share::kPositions>(a, out, device);
+    } else if (a.O < int64_t{kThreads} * device.multiprocessors && a.B >= 8) {
+      launch_columns<T, Share::kExamples>(a, out, device);
+    } else {
+      launch_columns<T, Share::kColumns>(a, out, device);
+    }
+  });
+}
+
+void reduce_moments(const Reduce& a, const Device& device) {
+  bias_moments(
+      {a.B, 1, a.N, a.dtype, a.g, {a.g_stride[0], 0, a.g_stride[1]}, a.grad_dtype, a.sum, a.sum_sq},
+      device);
+}
+
+}  // namespace perexample::cuda

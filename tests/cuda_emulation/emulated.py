@@ -1,0 +1,174 @@
+"""The CUDA kernels on the CPU: builds csrc/cuda against emulation.h, and calls its launchers on tensors.
+
+``python emulated.py LIBRARY`` runs the cases of this file on a library, for the mutants, which may crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perexample.testing import assert_within_budget, moments_of_examples
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc/cuda"
+CXX = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-DPEREXAMPLE_EMULATION"]
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+GUARD = 64  # elements behind every output that must stay as they are
+
+
+def build(out: Path, sources: Path = SOURCES, only: tuple[str, ...] = ()) -> Path:
+    """The library of all launchers, or of the files named in `only`, below the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [p for p in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]) if p.stem != "device"]
+    files = [*(p for p in files if not only or p.name in only), HERE / "shim.cpp"]
+
+    def compile(source: Path) -> Path:
+        target = out / f"{source.stem}.o"
+        command = [*CXX, *FLAGS, f"-I{HERE}", f"-I{sources}", "-x", "c++", "-c", str(source), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-5000:]
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compile, files)]
+    library = out / "emulated.so"
+    subprocess.run([*CXX, "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Emulated:
+    """The launchers of one library. `workspace`: bytes that the last call asked for."""
+
+    def __init__(self, library: Path) -> None:
+        self._call = ctypes.CDLL(str(library)).px_call
+        self._call.restype = ctypes.c_char_p
+        self.workspace = 0
+
+    def call(self, op, integers, tensors, reals=(), capability=80, multiprocessors=3, seed=1) -> None:
+        workspace = ctypes.c_int64()
+        error = self._call(
+            op.encode(),
+            (ctypes.c_int64 * len(integers))(*integers),
+            (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
+            (ctypes.c_double * len(reals))(*reals),
+            capability,
+            multiprocessors,
+            ctypes.c_uint32(seed),
+            ctypes.byref(workspace),
+        )
+        if error is not None:
+            raise RuntimeError(error.decode())
+        self.workspace = workspace.value
+
+    def linear_moments(self, dy: Tensor, x: Tensor, bias=False, dtype=None, tf32=False, **where):
+        (batch, positions, outputs), inputs, dtype = dy.shape, x.shape[2], dtype or dy.dtype
+        weight, column = Outputs((outputs, inputs), dy, dtype), Outputs((outputs,), dy, dtype)
+        self.call(
+            "linear_moments",
+            [batch, positions, outputs, inputs, CODES[dy.dtype], *dy.stride(), *x.stride(), CODES[dtype], tf32],
+            [dy, x, *weight.tensors, *(column.tensors if bias else (None, None))],
+            **where,
+        )
+        return (*weight.checked(), *(column.checked() if bias else ()))
+
+    def bias_moments(self, dy: Tensor, dtype=None, **where):
+        out = Outputs(dy.shape[2:], dy, dtype or dy.dtype)
+        self.call(
+            "bias_moments",
+            [*dy.shape, CODES[dy.dtype], *dy.stride(), CODES[dtype or dy.dtype]],
+            [dy, *out.tensors],
+            **where,
+        )
+        return out.checked()
+
+    def reduce_moments(self, grad: Tensor, dtype=None, **where):
+        out = Outputs(grad.shape[1:], grad, dtype or grad.dtype)
+        self.call(
+            "reduce_moments",
+            [*grad.shape, CODES[grad.dtype], *grad.stride(), CODES[dtype or grad.dtype]],
+            [grad, *out.tensors],
+            **where,
+        )
+        return out.checked()
+
+
+class Outputs:
+    """A gradient and its second moment, NaN until written, with guards behind them."""
+
+    def __init__(self, shape, like: Tensor, dtype: torch.dtype) -> None:
+        count = torch.Size(shape).numel()
+        self.blocks = [torch.full((count + GUARD,), float("nan"), dtype=d) for d in (dtype, wide(like.dtype))]
+        for block in self.blocks:
+            block[count:] = 7
+        self.tensors = [block[:count].view(shape) for block in self.blocks]
+
+    def checked(self) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            assert (block[-GUARD:] == 7).all(), "wrote behind an output"
+        return self.tensors[0], self.tensors[1]
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """The same values, 16 bytes aligned, with NaN before and behind them."""
+    edge = 64 // tensor.element_size() * 4
+    block = torch.full((tensor.numel() + 2 * edge,), float("nan"), dtype=tensor.dtype)
+    return block[edge : edge + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def check(actual, contribution, batch, shape, dtype, grad_dtype=None, what="weight", precision=None) -> None:
+    """Hold (gradient, second moment) to the loop over examples; `precision`: of the products, if below the dtype's."""
+    expected, stock = (
+        moments_of_examples(lambda b, d=d: contribution(b, d), batch, torch.empty(shape, dtype=d))
+        for d in (torch.float64, wide(dtype))
+    )
+    for got, want, own, rounding in (
+        (actual[0], expected.grad, stock.grad, grad_dtype or dtype),
+        (actual[1], expected.sum_grad_squared, stock.sum_grad_squared, wide(dtype)),
+    ):
+        rounding = max((rounding, wide(dtype), precision or rounding), key=lambda d: torch.finfo(d).eps)
+        assert_within_budget(got, want, own, rounding, what)
+
+
+def check_linear(lib: Emulated, dy: Tensor, x: Tensor, bias=True, dtype=None, precision=None, **where) -> None:
+    got = lib.linear_moments(dy, x, bias, dtype, **where)
+    shape = (dy.shape[2], x.shape[2])
+    check(
+        got[:2], lambda b, d: dy[b].to(d).T @ x[b].to(d), dy.shape[0], shape, dy.dtype, dtype, "weight", precision
+    )
+    if bias:
+        check(got[2:], lambda b, d: dy[b].to(d).sum(0), dy.shape[0], shape[:1], dy.dtype, dtype, "bias")
+
+
+def pair(batch, positions, outputs, inputs, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(batch + 10 * positions)
+    return tuple(guarded(torch.randn(batch, positions, n).to(dtype)) for n in (outputs, inputs))
+
+
+# What the mutants run: one small case of each kind, by the file whose code it goes through.
+def mutant_cases(lib: Emulated, seed: int) -> None:
+    check_linear(lib, *pair(4, 150, 264, 136, torch.bfloat16), capability=90, multiprocessors=3, seed=seed)
+    check_linear(lib, *pair(3, 1024, 72, 72, torch.bfloat16), capability=90, multiprocessors=8, seed=seed)
+    check_linear(lib, *pair(11, 9, 136, 128, torch.bfloat16), capability=90, multiprocessors=2, seed=seed)
+    check_linear(lib, *pair(5, 70, 136, 72, torch.bfloat16), multiprocessors=3, seed=seed)
+    check_linear(lib, *pair(3, 40, 72, 40), multiprocessors=2, seed=seed)
+    check_linear(lib, *pair(90, 1, 72, 40, torch.bfloat16), multiprocessors=1, seed=seed)
+
+
+if __name__ == "__main__":
+    for number in (1, 2, 3):
+        mutant_cases(Emulated(Path(sys.argv[1])), number)
