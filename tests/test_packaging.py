@@ -101,15 +101,17 @@ def test_a_broken_extension_raises(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("environment", "message"),
     [
-        ("1", "PEREXAMPLE_BUILD_CUDA=1, but missing: "),
-        ("yes", "PEREXAMPLE_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"PEREXAMPLE_BUILD_CUDA": "yes"}, "PEREXAMPLE_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+        (
+            {"PEREXAMPLE_BUILD_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "PEREXAMPLE_BUILD_CUDA=1, but missing: nvcc (in CUDA_HOME/bin or on PATH)",
+        ),
     ],
 )
-def test_the_cuda_switch_fails_loudly(source: Path, value: str, message: str) -> None:
-    env = {**os.environ, "PEREXAMPLE_BUILD_CUDA": value}
-    result = run(sys.executable, "setup.py", "build_ext", "--inplace", env=env, cwd=source)
+def test_the_cuda_switch_fails_loudly(source: Path, environment: dict[str, str], message: str) -> None:
+    result = run(sys.executable, "setup.py", "build_ext", "--inplace", env=os.environ | environment, cwd=source)
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
 

@@ -106,16 +106,27 @@ Shape contiguous_strides(const Shape& shape) {
   return strides;
 }
 
-Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
+Where::Where() : type(aoti_torch_device_type_cpu()) {}
+
+Where::Where(const Tensor& tensor) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  index = std::max(index, 0);
+}
+
+bool Where::on_cuda() const { return type == aoti_torch_device_type_cuda(); }
+
+Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype, Where where) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                  strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+                                                  strides.data(), dtype, where.type, where.index,
+                                                  &handle));
   return Tensor(handle);
 }
 
-Tensor empty(const Shape& shape, DType dtype) {
-  Tensor tensor = empty_strided(shape, contiguous_strides(shape), code(dtype));
+Tensor empty(const Shape& shape, DType dtype, Where where) {
+  Tensor tensor = empty_strided(shape, contiguous_strides(shape), code(dtype), where);
+  if (where.on_cuda()) return tensor;
   int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   for (int64_t size : shape) bytes *= size;
   want_huge_pages(tensor.mutable_data_ptr(), bytes);

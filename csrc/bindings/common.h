@@ -47,17 +47,27 @@ DType accumulate_dtype(DType dtype);
 Shape shape_of(const Tensor& tensor);
 Shape contiguous_strides(const Shape& shape);
 
-// Uninitialised tensors on the CPU.
-Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype);
-Tensor empty(const Shape& shape, DType dtype);
+// The device of a tensor; the CPU by default.
+struct Where {
+  int32_t type, index = 0;
+
+  Where();
+  explicit Where(const Tensor& tensor);
+  bool operator==(const Where&) const = default;
+  bool on_cuda() const;
+};
+
+// Uninitialised tensors.
+Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype, Where where = {});
+Tensor empty(const Shape& shape, DType dtype, Where where = {});
 
 // A gradient and its second moment; without elements, and null to the kernels, if not wanted.
 struct Moments {
   Tensor sum, sum_sq;
 
-  Moments(bool wanted, const Shape& shape, DType gradient, DType inputs)
-      : sum(empty(wanted ? shape : Shape{0}, gradient)),
-        sum_sq(empty(wanted ? shape : Shape{0}, accumulate_dtype(inputs))) {}
+  Moments(bool wanted, const Shape& shape, DType gradient, DType inputs, Where where = {})
+      : sum(empty(wanted ? shape : Shape{0}, gradient, where)),
+        sum_sq(empty(wanted ? shape : Shape{0}, accumulate_dtype(inputs), where)) {}
   void* sum_data() const { return sum.mutable_data_ptr(); }
   void* sum_sq_data() const { return sum_sq.mutable_data_ptr(); }
 };

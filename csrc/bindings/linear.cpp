@@ -1,4 +1,4 @@
-#include "common.h"
+#include "cuda.h"
 
 namespace perexample {
 namespace {
@@ -13,18 +13,27 @@ Four linear_moments(const Tensor dy, const Tensor x, bool bias, std::optional<Sc
   a.dtype = dtype_of(op, "dy", dy);
   STD_TORCH_CHECK(dtype_of(op, "x", x) == a.dtype, op, ": x must have the dtype of dy");
   a.grad_dtype = gradient_dtype(op, dtype, a.dtype);
-  Moments weight(true, {a.O, a.I}, a.grad_dtype, a.dtype);
-  Moments column(bias, {a.O}, a.grad_dtype, a.dtype);
+  const Where where(dy);
+  STD_TORCH_CHECK(Where(x) == where, op, ": x must be on the device of dy");
+  Moments weight(true, {a.O, a.I}, a.grad_dtype, a.dtype, where);
+  Moments column(bias, {a.O}, a.grad_dtype, a.dtype, where);
   a.dy = dy.const_data_ptr(), a.x = x.const_data_ptr();
   copy_strides(dy, a.dy_stride);
   copy_strides(x, a.x_stride);
   a.dw = weight.sum_data(), a.dw_sq = weight.sum_sq_data();
   a.db = column.sum_data(), a.db_sq = column.sum_sq_data();
-  cpu::kernels().linear_moments(a, parallel());
+  if (where.on_cuda()) {
+    cuda::linear_moments(a, false, OnCuda(where));
+  } else {
+    cpu::kernels().linear_moments(a, parallel());
+  }
   return {weight.sum, weight.sum_sq, column.sum, column.sum_sq};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("linear_moments", TORCH_BOX(&linear_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("linear_moments", TORCH_BOX(&linear_moments));
 }
 
 }  // namespace

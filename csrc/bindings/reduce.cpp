@@ -1,4 +1,4 @@
-#include "common.h"
+#include "cuda.h"
 
 namespace perexample {
 namespace {
@@ -10,14 +10,22 @@ Two bias_moments(const Tensor dy, std::optional<ScalarType> dtype) {
   a.B = dy.size(0), a.T = dy.size(1), a.O = dy.size(2);
   a.dtype = dtype_of(op, "dy", dy);
   a.grad_dtype = gradient_dtype(op, dtype, a.dtype);
-  Moments column(true, {a.O}, a.grad_dtype, a.dtype);
+  const Where where(dy);
+  Moments column(true, {a.O}, a.grad_dtype, a.dtype, where);
   a.dy = dy.const_data_ptr();
   copy_strides(dy, a.dy_stride);
   a.db = column.sum_data(), a.db_sq = column.sum_sq_data();
-  cpu::kernels().bias_moments(a, parallel());
+  if (where.on_cuda()) {
+    cuda::bias_moments(a, OnCuda(where));
+  } else {
+    cpu::kernels().bias_moments(a, parallel());
+  }
   return {column.sum, column.sum_sq};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) { m.impl("bias_moments", TORCH_BOX(&bias_moments)); }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("bias_moments", TORCH_BOX(&bias_moments));
+}
 
 // The one stride that walks all dimensions but the first in row-major order, if there is one.
 std::optional<int64_t> inner_stride(const Tensor& tensor) {
@@ -44,15 +52,23 @@ Two reduce_moments(const Tensor grad, std::optional<ScalarType> dtype) {
   for (int64_t size : shape) a.N *= size;
   a.dtype = dtype_of(op, "grad", g);
   a.grad_dtype = gradient_dtype(op, dtype, a.dtype);
-  Moments moments(true, shape, a.grad_dtype, a.dtype);
+  const Where where(g);
+  Moments moments(true, shape, a.grad_dtype, a.dtype, where);
   a.g = g.const_data_ptr();
   a.g_stride[0] = g.stride(0), a.g_stride[1] = *inner_stride(g);
   a.sum = moments.sum_data(), a.sum_sq = moments.sum_sq_data();
-  cpu::kernels().reduce_moments(a, parallel());
+  if (where.on_cuda()) {
+    cuda::reduce_moments(a, OnCuda(where));
+  } else {
+    cpu::kernels().reduce_moments(a, parallel());
+  }
   return {moments.sum, moments.sum_sq};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("reduce_moments", TORCH_BOX(&reduce_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("reduce_moments", TORCH_BOX(&reduce_moments));
 }
 
 }  // namespace

@@ -19,6 +19,9 @@ using cpu::DType;
 using cpu::Linear;
 using cpu::Reduce;
 
+// Whether this library has the launchers; without, they throw.
+PX_EXPORT extern const bool built;
+
 // Where a launcher works, and what it may use there.
 struct Device {
   int index;

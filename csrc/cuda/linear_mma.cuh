@@ -66,8 +66,8 @@ PX_DEVICE uint32_t offset(int k, int c) {
 
 // Brings the block of positions from t on into shared memory, zeros where there are none.
 template <class Tile, int kPitch, int kColumns, class Operand>
-PX_DEVICE void load_block(uint32_t to, const Operand& from, int64_t group, int64_t b, int64_t t,
-                          int64_t t1, int64_t column) {
+PX_DEVICE void load_block(uint32_t to, const Operand& from, int64_t group, int64_t b, int t, int t1,
+                          int64_t column) {
   if constexpr (Tile::kVectors) {
     constexpr int kAcross = kColumns / Tile::kVector;
 #pragma unroll
@@ -324,34 +324,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       j.b0 = 0, j.b1 = 1;
     }
     const int64_t row = j.row * Tile::kRows, column = j.column * Tile::kColumns;
-    const int64_t blocks = (j.t1 - j.t0 + Tile::kBlock - 1) / Tile::kBlock;
-    const int64_t total = (j.b1 - j.b0) * blocks;
-    int64_t next_b = j.b0, next_t = j.t0;  // of the next block to load
+    const int t0 = static_cast<int>(j.t0), t1 = static_cast<int>(j.t1);
+    const int blocks = (t1 - t0 + Tile::kBlock - 1) / Tile::kBlock;
+    const int total = static_cast<int>(j.b1 - j.b0) * blocks;
+    int next_b = static_cast<int>(j.b0), next_t = t0;  // of the next block to load
     auto load = [&](int stage) {
       uint32_t to = base + stage * Tile::kStageBytes;
-      load_block<Tile, Tile::kPitchDy, Tile::kRows>(to, dy, j.group, next_b, next_t, j.t1, row);
+      load_block<Tile, Tile::kPitchDy, Tile::kRows>(to, dy, j.group, next_b, next_t, t1, row);
       load_block<Tile, Tile::kPitchX, Tile::kColumns>(to + Tile::kBytesDy, x, j.group, next_b,
-                                                      next_t, j.t1, column);
+                                                      next_t, t1, column);
       next_t += Tile::kBlock;
-      if (next_t >= j.t1) next_t = j.t0, ++next_b;
+      if (next_t >= t1) next_t = t0, ++next_b;
     };
     acc.clear();
     __syncthreads();  // the stages of the job before have been read
-#pragma unroll
+#pragma unroll 1
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
       if (stage < total) load(stage);
       copy_commit();
     }
-    int64_t block = 0;
-    int stage = 0, free_stage = Tile::kStages - 1;
-    for (int64_t done = 0; done < total; ++done) {
+    int block = 0, stage = 0, free_stage = Tile::kStages - 1;
+    for (int done = 0; done < total; ++done) {
       copy_wait<Tile::kStages - 2>();
       __syncthreads();
       if (done + Tile::kStages - 1 < total) load(free_stage);
       copy_commit();
       const uint32_t at_dy = base + stage * Tile::kStageBytes, at_x = at_dy + Tile::kBytesDy;
-      const int64_t left = j.t1 - j.t0 - block * Tile::kBlock;
-      const int positions = left < Tile::kBlock ? static_cast<int>(left) : Tile::kBlock;
+      const int left = t1 - t0 - block * Tile::kBlock;  // positions of this block, and after it
       auto multiply = [&](int k, auto first) {
         if constexpr (Tile::kHalf) {
           multiply_half<Tile>(acc, at_dy, at_x, warp_m, warp_n, k, decltype(first)::value);
@@ -359,21 +358,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           multiply_single<Tile>(acc, at_dy, at_x, warp_m, warp_n, k, decltype(first)::value);
         }
       };
-      if (!Tile::kSquares && block == 0) {
-        multiply(0, std::true_type{});
+      if constexpr (Tile::kSquares) {
+#pragma unroll 1
+        for (int k = 0; k < left && k < Tile::kBlock; k += Tile::kStep)
+          multiply(k, std::false_type{});
       } else {
-        multiply(0, std::false_type{});
-      }
+        if (block == 0) {
+          multiply(0, std::true_type{});
+        } else {
+          multiply(0, std::false_type{});
+        }
 #pragma unroll
-      for (int k = Tile::kStep; k < Tile::kBlock; k += Tile::kStep) {
-        if (k < positions) multiply(k, std::false_type{});
+        for (int k = Tile::kStep; k < Tile::kBlock; k += Tile::kStep) {
+          if (k < left) multiply(k, std::false_type{});
+        }
       }
       if (++block == blocks) block = 0;
       if (++stage == Tile::kStages) stage = 0;
       if (++free_stage == Tile::kStages) free_stage = 0;
     }
     acc.drain();
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = opaque(static_cast<int>(threadIdx.x));
     const float* g = acc.sums();
     const float* s = &acc.s[0][0][0];
     if (j.slot >= 0) {
@@ -394,6 +399,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 template <class Tile, class X>
 void launch_mma(const Strided& dy, const X& x, int64_t groups, int64_t batch, int64_t positions,
                 const Matrix& out, const Device& device) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 64;  // what a CTA counts, it counts in 32 bits
+  if (batch >= kMost || positions >= kMost || batch * ceil_div(positions, Tile::kBlock) >= kMost) {
+    throw std::runtime_error("perexample: too many examples or positions for one call");
+  }
   // With T = 1 the sums over ranges of the batch simply add up: ranges of `positions` are examples.
   Plan p = Tile::kSquares ? plan(groups, out.outputs, out.inputs, Tile::kRows, Tile::kColumns,
                                  ceil_div(positions, Tile::kBlock), Tile::kBlock, Tile::kBlock,

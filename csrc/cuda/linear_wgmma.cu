@@ -2,6 +2,11 @@
 #include "linear_wgmma.cuh"
 #include "linear_wgmma.h"
 
+// Whether this was compiled for sm_90a.
+#ifndef PX_SM90A
+#define PX_SM90A 1
+#endif
+
 namespace perexample::cuda {
 namespace {
 
@@ -16,8 +21,8 @@ bool takes(const void* data, const int64_t* stride, int64_t batch) {
 
 bool takes_wgmma(const Linear& a, const Device& device) {
   constexpr int64_t kMost = int64_t{1} << 31;  // coordinates of TMA
-  return device.capability == 90 && (a.dtype == DType::bf16 || a.dtype == DType::f16) && a.T > 1 &&
-         a.B < kMost && a.T < kMost && a.O < kMost && a.I < kMost &&
+  return PX_SM90A && device.capability == 90 && (a.dtype == DType::bf16 || a.dtype == DType::f16) &&
+         a.T > 1 && a.B < kMost && a.T < kMost && a.O < kMost && a.I < kMost &&
          takes(a.dy, a.dy_stride, a.B) && takes(a.x, a.x_stride, a.B);
 }
 

@@ -255,8 +255,7 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
       const int tail_steps = (positions % Tile::kBlock + 15) / 16;
       for (int64_t b = j.b0; b < j.b1; ++b) {
         int before = -1, add = 0;
-        auto done = [&] {  // one group of products stays in flight
-          wgmma_commit();
+        auto committed = [&] {  // one group of products stays in flight
           if (before >= 0) wgmma_wait<1>(), release(before);
           before = ring.stage;
           ring.advance();
@@ -271,7 +270,8 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
             wgmma<Tile>(G, da + k * kDescriptorStep, db + k * kDescriptorStep, add);
             add = 1;
           }
-          done();
+          wgmma_commit();
+          committed();
         }
         if (tail_steps > 0) {
           barrier_wait(ring.full(), ring.phase);
@@ -284,6 +284,7 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
             for (int k = 0; k < decltype(steps)::value; ++k) {
               wgmma<Tile>(G, da + k * kDescriptorStep, db + k * kDescriptorStep, k ? 1 : add);
             }
+            wgmma_commit();
           };
           if (tail_steps == 1) {
             tail(std::integral_constant<int, 1>{});
@@ -294,7 +295,7 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
           } else {
             tail(std::integral_constant<int, 4>{});
           }
-          done();
+          committed();
         }
         wgmma_wait<0>();
         release(before);

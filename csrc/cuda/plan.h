@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../cpu/kernels.h"
+
 #ifdef __CUDACC__
 #define PX_HOST_DEVICE __host__ __device__
 #else
@@ -72,7 +74,8 @@ PX_HOST_DEVICE inline Job job(const Plan& p, int64_t index) {
 
 // The plan for matrices of (outputs, inputs), tiles of (tile_rows, tile_columns), and a device that
 // runs `ctas` of the kernel at once.
-Plan plan(int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_rows, int64_t tile_columns,
-          int64_t batch, int64_t positions, int64_t position_block, int64_t ctas);
+PX_EXPORT Plan plan(int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_rows,
+                    int64_t tile_columns, int64_t batch, int64_t positions, int64_t position_block,
+                    int64_t ctas);
 
 }  // namespace perexample::cuda

@@ -141,6 +141,13 @@ PX_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
+// x, but the compiler cannot know: what is computed from it is computed there, not kept in
+// registers from the start of the kernel.
+PX_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Device: shared memory and the mma.sync kernels ---------------------------------------------
 
 PX_DEVICE uint32_t shared_address(const void* p) {

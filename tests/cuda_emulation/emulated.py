@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: builds csrc/cuda against emulation.h, and calls its launchers on tensors.
 
-``python emulated.py LIBRARY`` runs the cases of this file on a library, for the mutants, which may crash.
+``python emulated.py FEW LIBRARY...`` runs the cases of this file on mutants, and prints how each ended.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,24 +28,26 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 GUARD = 64  # elements behind every output that must stay as they are
 
 
-def build(out: Path, sources: Path = SOURCES, only: tuple[str, ...] = ()) -> Path:
-    """The library of all launchers, or of the files named in `only`, below the folder `out`."""
+def compile(source: Path, out: Path, sources: Path = SOURCES) -> Path:
+    """An object file below the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    files = [p for p in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]) if p.stem != "device"]
-    files = [*(p for p in files if not only or p.name in only), HERE / "shim.cpp"]
+    target = out / f"{source.stem}.o"
+    command = [*CXX, *FLAGS, f"-I{HERE}", f"-I{sources}", "-x", "c++", "-c", str(source), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return target
 
-    def compile(source: Path) -> Path:
-        target = out / f"{source.stem}.o"
-        command = [*CXX, *FLAGS, f"-I{HERE}", f"-I{sources}", "-x", "c++", "-c", str(source), "-o", str(target)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-5000:]
-        return target
 
+def link(objects: Iterable[Path], out: Path) -> Path:
+    subprocess.run([*CXX, "-shared", *map(str, objects), "-o", str(out)], check=True)
+    return out
+
+
+def build(out: Path) -> Path:
+    """The library of all launchers, below the folder `out`."""
+    files = [p for p in [*SOURCES.glob("*.cu"), SOURCES / "plan.cpp", HERE / "shim.cpp"] if p.stem != "device"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(path) for path in pool.map(compile, files)]
-    library = out / "emulated.so"
-    subprocess.run([*CXX, "-shared", *objects, "-o", str(library)], check=True)
-    return library
+        return link(pool.map(lambda source: compile(source, out), files), out / "emulated.so")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -147,9 +150,7 @@ def check(actual, contribution, batch, shape, dtype, grad_dtype=None, what="weig
 def check_linear(lib: Emulated, dy: Tensor, x: Tensor, bias=True, dtype=None, precision=None, **where) -> None:
     got = lib.linear_moments(dy, x, bias, dtype, **where)
     shape = (dy.shape[2], x.shape[2])
-    check(
-        got[:2], lambda b, d: dy[b].to(d).T @ x[b].to(d), dy.shape[0], shape, dy.dtype, dtype, "weight", precision
-    )
+    check(got[:2], lambda b, d: dy[b].to(d).T @ x[b].to(d), dy.shape[0], shape, dy.dtype, dtype, "weight", precision)
     if bias:
         check(got[2:], lambda b, d: dy[b].to(d).sum(0), dy.shape[0], shape[:1], dy.dtype, dtype, "bias")
 
@@ -159,16 +160,44 @@ def pair(batch, positions, outputs, inputs, dtype=torch.float32) -> tuple[Tensor
     return tuple(guarded(torch.randn(batch, positions, n).to(dtype)) for n in (outputs, inputs))
 
 
-# What the mutants run: one small case of each kind, by the file whose code it goes through.
-def mutant_cases(lib: Emulated, seed: int) -> None:
-    check_linear(lib, *pair(4, 150, 264, 136, torch.bfloat16), capability=90, multiprocessors=3, seed=seed)
-    check_linear(lib, *pair(3, 1024, 72, 72, torch.bfloat16), capability=90, multiprocessors=8, seed=seed)
-    check_linear(lib, *pair(11, 9, 136, 128, torch.bfloat16), capability=90, multiprocessors=2, seed=seed)
-    check_linear(lib, *pair(5, 70, 136, 72, torch.bfloat16), multiprocessors=3, seed=seed)
-    check_linear(lib, *pair(3, 40, 72, 40), multiprocessors=2, seed=seed)
-    check_linear(lib, *pair(90, 1, 72, 40, torch.bfloat16), multiprocessors=1, seed=seed)
+def padded(tensor: Tensor) -> Tensor:
+    """The same values, with NaN behind each row up to a multiple of 16 bytes and 16 more."""
+    per_vector = 16 // tensor.element_size()
+    columns = tensor.shape[-1]
+    block = torch.full((*tensor.shape[:-1], (-(-columns // per_vector) + 1) * per_vector), float("nan")).to(tensor)
+    return guarded(block)[..., :columns].copy_(tensor)
+
+
+# What the mutants run, by the source that they are compiled from.
+MUTANT_CASES = {
+    "few_wgmma": [((5, 150, 264, 136), 4), ((3, 700, 72, 72), 16), ((11, 9, 136, 128), 4)],
+    "few_mma": [((5, 170, 136, 76), 3), ((2, 700, 40, 24), 8), ((90, 1, 72, 44), 1)],
+}
+
+
+def mutant_cases(lib: Emulated, few: str, seed: int) -> None:
+    for shape, multiprocessors in MUTANT_CASES[few]:
+        for dtype in (torch.bfloat16,) if few == "few_wgmma" else (torch.bfloat16, torch.float32):
+            if shape[1] > 1 or dtype == torch.bfloat16:
+                dy, x = (padded(t) for t in pair(*shape, dtype))
+                check_linear(lib, dy, x, few == "few_wgmma", multiprocessors=multiprocessors, seed=seed)
+
+
+def in_child(library: str, few: str) -> int:
+    """Exit status of the cases on a library, in a process of its own: it may crash."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for seed in (1, 2, 3):
+                mutant_cases(Emulated(Path(library)), few, seed)
+            status = 0
+        except (AssertionError, RuntimeError) as error:
+            print(library, error, flush=True)
+            status = 3
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
-    for number in (1, 2, 3):
-        mutant_cases(Emulated(Path(sys.argv[1])), number)
+    torch.set_num_threads(1)
+    print(*(in_child(library, sys.argv[1]) for library in sys.argv[2:]))

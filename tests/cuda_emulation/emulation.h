@@ -97,7 +97,7 @@ inline int64_t progress;
 inline std::string error;
 
 constexpr size_t kStack = 128 << 10, kSlack = 2048;
-constexpr int64_t kPatience = 20000;  // rounds without progress
+constexpr int64_t kPatience = 3000;  // rounds without progress
 
 inline Fiber& me() { return fibers[current]; }
 inline std::vector<unsigned char>& memory() { return shared[me().cta]; }
@@ -171,7 +171,7 @@ inline void run_cluster(unsigned cta, unsigned ctas, unsigned threads, size_t by
   for (size_t left = fibers.size(); left > 0;) {
     if (frozen_for-- == 0) {
       frozen_for = random() % 40;
-      frozen_warp = random() % (fibers.size() / 32 * 2 + 1);  // often none
+      frozen_warp = random() % ((fibers.size() + 31) / 32 * 2 + 1);  // often none
       frozen_cta = ctas > 1 ? random() % (3 * ctas) : 1;
     }
     left = 0;
@@ -319,6 +319,8 @@ inline f16 to_f16(float x) {
 inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (as_bits(x) + 0x1000) & 0xffffe000u : as_bits(x);
 }
+
+inline int opaque(int x) { return x; }
 
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulation::memory().data());
