@@ -105,7 +105,7 @@ rule compile
   deps = gcc
   depfile = $out.d
 rule cuda
-  command = {nvcc()} -ccbin {CXX[-1]} {NVCC_FLAGS} $flags {os.environ.get("NVCCFLAGS", "")} -MD -MF $out.d -c $in -o $out
+  command = {nvcc()} -ccbin {CXX[-1]} {NVCC_FLAGS} $flags -MD -MF $out.d -c $in -o $out
   deps = gcc
   depfile = $out.d
 rule link

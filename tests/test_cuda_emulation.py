@@ -14,8 +14,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
-import emulated  # noqa: E402
-from emulated import check, check_linear, guarded, padded, pair  # noqa: E402
+import emulated
+from emulated import check, check_linear, guarded, padded, pair
 
 pytestmark = pytest.mark.skipif(not emulated.CXX, reason="no C++ compiler")
 SEEDS = (1, 2, 3)

@@ -1,5 +1,7 @@
 """How the CUDA kernels share out their work (csrc/cuda/plan.h): every product once, in whole tiles, without overlap."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +56,7 @@ def test_every_pair_of_tile_and_position_is_summed_once(
     for ranges in summed.values():  # in the order in which the slots are added
         assert sum((b1 - b0) * (t1 - t0) for b0, b1, t0, t1 in ranges) == batch * positions
         assert ranges == sorted(ranges)
-        assert all(a[1] <= b[0] or a[3] <= b[2] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] <= b[0] or a[3] <= b[2] for a, b in pairwise(ranges))
 
 
 def test_of_a_large_matrix_only_the_last_wave_is_cut():
