@@ -31,7 +31,7 @@ PX_DEVICE A add_in_warp(A x) {
 
 // slots: [slot][g, s][column of the tile].
 template <class T, Share kShare>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     column_moments(const T* dy, const int64_t b_stride, const int64_t t_stride,
                    const int64_t o_stride, const int64_t columns, const Plan plan,
                    const Moments out, Wide<T>* slots) {

@@ -52,7 +52,8 @@ def report() -> str:
         facts["CPU capability"] = info.capability() + (f" (PEREXAMPLE_CPU_CAPABILITY={wish})" if wish else "")
         facts["  this machine runs"] = ", ".join(info.capabilities())
         facts["  compiled in"] = build["compiled_capabilities"].replace(" ", ", ")
-        facts["built with"] = f"{build['compiler']}, torch {build['torch']}, CUDA: {'yes' if build['cuda'] else 'no'}"
+        facts["CUDA kernels for"] = f"sm_{build['cuda_archs']}" if build["cuda"] else "nothing: built without CUDA"
+        facts["built with"] = f"{build['compiler']}, torch {build['torch']}"
         facts["  flags"] = build["flags"]
     lines = [f"{name:<20}{value}" for name, value in facts.items()]
     rows = [("op", *DEVICES), *((name, *(implementation(name, device) for device in DEVICES)) for name in OPS)]
