@@ -19,7 +19,7 @@ PY := $(PYTHON)
 else
 PY := $(ROOT)/.venv/bin/python
 endif
-SOURCES := $(shell find $(ROOT)/csrc -type f)
+SOURCES := $(shell find $(ROOT)/csrc $(ROOT)/build_support -type f ! -name "*.pyc")
 # One stamp per interpreter: another environment is another installation.
 STAMP := $(ROOT)/build/installed-$(shell echo "$(PY) $$($(PYTHON) -c 'import sys; print(sys.prefix)')" | cksum | cut -d' ' -f1)
 

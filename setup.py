@@ -1,7 +1,7 @@
 """Builds the kernels: `perexample/_kernels.so` (the ops; no Python) and `perexample._info` (build facts).
 
 Every source in csrc/cpu is compiled once per CPU capability and chosen at run time. Without a C++ compiler the package
-installs in pure Python. csrc/ninja_file.py says what is compiled, and when CUDA is.
+installs in pure Python. build_support/ninja_file.py says what is compiled, and when CUDA is.
 """
 
 import os
@@ -14,7 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).parent)  # relative paths keep this folder's name out of the binaries
-sys.path.insert(0, "csrc")
+sys.path.insert(0, "build_support")
 from ninja_file import CXX, ninja_file, with_cuda  # noqa: E402
 
 

@@ -37,6 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "README.md",
         "LICENSE",
         "MANIFEST.in",
+        "build_support",
         "csrc",
         "pysrc",
         "triton_kernels",
