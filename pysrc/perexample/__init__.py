@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (the extension needs its libraries)
 
-from . import _extension, nn, ops, optim
+from . import _extension, _triton, nn, ops, optim
 from .convert import ConversionTable, Served, convert
 from .moments import no_moments
 
@@ -10,3 +10,4 @@ __all__ = ["ConversionTable", "Served", "__version__", "convert", "nn", "no_mome
 __version__ = "0.1.0"
 
 _extension.load()
+_triton.load()

@@ -7,12 +7,14 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, _extension, ops
+from . import __version__, _extension, _triton, ops
 from .ops import OPS
 
 DEVICES = ("CPU", "CUDA")
@@ -29,7 +31,10 @@ def _short(path: str) -> str:
 def implementation(name: str, device: str) -> str:
     """The kernel that the dispatcher holds for an op on a device, with file and line."""
     qualified = f"{ops.NAMESPACE}::{name}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
+    if (triton := _triton.source(name, device)) is not None:
+        return f"Triton  {_short(triton[0])}:{triton[1]}"
+    forced = (name, device) in _triton.forced_references
+    if forced or not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
         reference: Callable[..., Any] = inspect.unwrap(OPS[name][0])
         return f"reference  {_short(inspect.getfile(reference))}:{reference.__code__.co_firstlineno}"
     found = re.search(rf"^{device}: registered at (\S+):(\d+)", torch._C._dispatch_dump(qualified), re.MULTILINE)
@@ -55,6 +60,9 @@ def report() -> str:
         facts["CUDA kernels for"] = f"sm_{build['cuda_archs']}" if build["cuda"] else "nothing: built without CUDA"
         facts["built with"] = f"{build['compiler']}, torch {build['torch']}"
         facts["  flags"] = build["flags"]
+    facts["Triton"] = version("triton") if find_spec("triton") else "not installed (optional: perexample[triton])"
+    if choice := os.environ.get("PEREXAMPLE_CUDA"):
+        facts["CUDA choice"] = f"PEREXAMPLE_CUDA={choice}"
     lines = [f"{name:<20}{value}" for name, value in facts.items()]
     rows = [("op", *DEVICES), *((name, *(implementation(name, device) for device in DEVICES)) for name in OPS)]
     widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]

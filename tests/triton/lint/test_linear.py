@@ -1,0 +1,131 @@
+"""Every tile of the tables for linear, compiled for its architecture."""
+
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from perexample.triton_kernels import _launch, ahead, configs, linear, reduce
+from perexample.triton_kernels.configs import Tile
+
+DTYPES = {"half": (torch.bfloat16,), "float32": (torch.float32,), "tf32": (torch.float32,)}
+ROWS = [
+    (arch, *row, dtype)
+    for arch, table in configs.LINEAR.items()
+    for row in table
+    # float16 differs where it is squared before the product.
+    for dtype in (*DTYPES[row[1]], *((torch.float16,) if row[0].startswith("one") and row[1] == "half" else ()))
+]
+
+
+def operands(kernel, positions, dtype):
+    """dy (B, T, O), x (B, T, I) for which the launcher chooses this row."""
+    batch = 2048 if positions == 1 else 16
+    outputs, inputs = (769, 3071) if kernel.endswith("unaligned") else (768, 3072)
+    dy, x = (torch.empty(batch, positions or 1024, size, dtype=dtype) for size in (outputs, inputs))
+    if kernel == "pointer":  # aligned, but no descriptor: positions of several examples between each other
+        dy = dy.view(dy.shape[1], batch, outputs).transpose(0, 1)
+    return dy, x
+
+
+def compile_row(arch, kernel, kind, positions, dtype, tile=None):
+    """The kernel that serves a row of the table, with another tile in its place if one is given."""
+    table = configs.LINEAR[arch] if tile is None else {**configs.LINEAR[arch], (kernel, kind, positions): tile}
+    with (
+        mock.patch.dict(configs.LINEAR, {arch: table}),
+        mock.patch.object(linear, "_kind", lambda dtype: kind),
+        ahead.compiling(arch) as made,
+    ):
+        linear.linear_moments(*operands(kernel, positions, dtype), False)
+    compiled = next(c for c in made if c.name != "_add_parts")
+    assert compiled.name == f"_{kernel.split(',')[0].replace(' ', '_')}"
+    return compiled
+
+
+def problems(compiled, kernel, kind, positions, tile):
+    found = compiled.problems(
+        resident=tile.resident,
+        tensor_cores=kind != "float32",
+        # Where rows have odd lengths, 2-byte elements cannot be copied asynchronously.
+        pipelined=positions == 0 and (kernel, kind) != ("pointer, unaligned", "half"),
+    )
+    if kernel == "descriptor" and compiled.tma == 0:
+        found.append("no TMA")
+    if compiled.loops != 1:
+        found.append("several loops")
+    return found
+
+
+@pytest.mark.parametrize(("arch", "kernel", "kind", "positions", "dtype"), ROWS, ids=str)
+def test_every_row_compiles_well(arch, kernel, kind, positions, dtype):
+    compiled = compile_row(arch, kernel, kind, positions, dtype)
+    found = problems(compiled, kernel, kind, positions, configs.LINEAR[arch][kernel, kind, positions])
+    assert not found, (found, compiled)
+
+
+@pytest.mark.parametrize(
+    ("tile", "expected"),
+    [
+        (Tile(128, 128, 64, 4, 3), "spills"),
+        (Tile(256, 128, 16, 4, 2), "ptxas warns: C7511"),
+        (Tile(128, 128, 64, 8, 8), "bytes of shared memory"),
+        (Tile(128, 128, 64, 8, 3, resident=2), "1 programs fit a multiprocessor, 2 are planned"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_tiles_are_caught(tile, expected):
+    row = ("descriptor", "half", 0)
+    found = problems(compile_row(90, *row, torch.bfloat16, tile), *row, tile)
+    assert any(expected in problem for problem in found), found
+
+
+@triton.jit
+def _nested(
+    dy, x, dw, dw_sq, batch, positions, outputs, inputs, examples,
+    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The descriptor kernel as one would write it first: right, and its pipeline is empty at every example."""
+    total = tl.zeros((BO, BI), tl.float32)
+    total_sq = tl.zeros((BO, BI), tl.float32)
+    for b in tl.range(0, batch):
+        G = tl.zeros((BO, BI), tl.float32)
+        for t in tl.range(0, positions, BT):
+            dy_b = dy.load([b, t, 0]).reshape(BT, BO)
+            x_b = x.load([b, t, 0]).reshape(BT, BI)
+            G = tl.dot(tl.trans(dy_b), x_b, G)
+        total += G
+        total_sq += G * G
+    linear.store_tile(dw, dw_sq, total, total_sq, tl.arange(0, BO), tl.arange(0, BI), outputs, inputs, tl.program_id(1))
+
+
+def test_a_pipeline_broken_at_every_example_is_caught():
+    row = ("descriptor", "half", 0)
+    with mock.patch.object(linear, "_descriptor", _nested), ahead.compiling(90) as made:
+        linear.linear_moments(*operands("descriptor", 0, torch.bfloat16), False)
+    assert any("loops" in problem for problem in problems(made[0], *row, configs.LINEAR[90][row]))
+
+
+def test_long_distances_do_not_spill():
+    with mock.patch.object(linear, "offset_dtype", lambda *reaches: tl.int64):
+        compiled = compile_row(90, "pointer, unaligned", "half", 0, torch.bfloat16)
+    assert compiled.spills < 512, compiled  # a rare layout: slower, but not without bounds
+
+
+def test_sums_of_parts_and_biases_compile_well():
+    for arch in configs.LINEAR:
+        with ahead.compiling(arch) as made:
+            reduce.bias_moments(torch.empty(512, 64, 768, dtype=torch.bfloat16))
+            reduce.add_parts(torch.empty(2, 4, 768, 768), torch.empty(768, 768), torch.empty(768, 768))
+        assert [c.name for c in made][:1] == ["_bias"]
+        for compiled in made:
+            assert not compiled.problems(), compiled
+
+
+def test_launches_are_recorded_once_for_every_use():
+    assert not _launch.INTERPRET
+    with ahead.compiling(80) as made:
+        for _ in range(2):
+            linear.linear_moments(torch.empty(1, 3, 16), torch.empty(1, 3, 16), False)
+    assert [c.name for c in made] == ["_pointer", "_pointer"]

@@ -1,0 +1,171 @@
+"""Compile kernels ahead, for any architecture and without a GPU, and read what the compiler made of them.
+
+For the tests and the tuner, and for whoever changes a kernel::
+
+    with ahead.compiling(90) as made:
+        linear.linear_moments(torch.empty(8, 1024, 768, dtype=torch.bfloat16), ...)
+    print(made[0].facts)
+
+The launchers run as they are, on CPU tensors; in place of a launch the kernel is specialised and compiled. Needs a
+process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import _launch
+
+# Of an architecture: multiprocessors of its best known GPU, bytes of shared memory for a program and for a
+# multiprocessor (a program costs 1 KB more), registers of a multiprocessor.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED_PROGRAM = {80: 166912, 90: 232448, 100: 232448}
+SHARED_PROCESSOR = {80: 167936, 90: 233472, 100: 233472}
+REGISTERS_PROCESSOR = 65536
+
+
+class _Driver:
+    """What Triton asks of a driver while it compiles."""
+
+    utils = None
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return -self.arch  # compiled kernels are cached by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return "int"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled for one architecture."""
+
+    name: str
+    arch: int
+    warps: int
+    registers: int  # of a thread
+    spills: int  # bytes stored and loaded, and stack
+    shared: int  # bytes
+    scratch: int  # bytes of device memory
+    warnings: tuple[str, ...]  # of ptxas: C75xx says that it serialised wgmma
+    loops: int
+    pending: int  # products in flight where the next begins (wgmma)
+    wgmma: int
+    tcgen05: int
+    mma: int
+    tma: int  # bulk tensor copies
+    copies: int  # other asynchronous copies
+    atomics: int
+
+    @property
+    def resident(self) -> int:
+        """How many programs a multiprocessor holds at once, by registers and shared memory."""
+        registers = -(-self.registers // 8) * 8 * self.warps * 32
+        return min(REGISTERS_PROCESSOR // registers, SHARED_PROCESSOR[self.arch] // (self.shared + 1024))
+
+    def problems(self, *, resident: int = 1, tensor_cores: bool = False, pipelined: bool = False) -> list[str]:
+        """What is wrong with it, for every kernel of this library and for what is expected of this one.
+
+        Args:
+            resident: so many programs have to fit into a multiprocessor.
+            tensor_cores: its products have to use those of the architecture.
+            pipelined: a loop over blocks that runs on across examples: one loop, the next product issued before the
+                last is done (wgmma), no load that waits.
+        """
+        product = {80: self.mma, 90: self.wgmma, 100: self.tcgen05}[self.arch]
+        found = {
+            f"spills {self.spills} bytes": self.spills > 0,
+            f"uses {self.scratch} bytes of device memory": self.scratch > 0,
+            f"ptxas warns: {', '.join(self.warnings)}": bool(self.warnings),
+            f"{self.shared} bytes of shared memory": self.shared > SHARED_PROGRAM[self.arch],
+            f"{self.resident} programs fit a multiprocessor, {resident} are planned": self.resident < resident,
+            f"{self.atomics} atomic operations": self.atomics > 0,
+            "no product on tensor cores": tensor_cores and product == 0,
+            f"{self.loops} loops": pipelined and self.loops != 1,
+            "every product waits for the one before": pipelined and self.wgmma > 0 and self.pending == 0,
+            "loads are not asynchronous": pipelined and self.tma + self.copies == 0,
+        }
+        return [what for what, wrong in found.items() if wrong]
+
+
+def read(kernel: Any, name: str, arch: int, log: str) -> Compiled:
+    """The facts of a compiled Triton kernel; `log` is what ptxas said with -v."""
+    ptx, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    if spilled is None or registers is None:
+        raise RuntimeError(f"{name}: ptxas said nothing of registers:\n{log}")
+    pending = [int(n) for n in re.findall(r"warp_group_dot_wait[^{]*\{[^}]*pendings = (\d+)", ir)]
+    return Compiled(
+        name=name,
+        arch=arch,
+        warps=kernel.metadata.num_warps,
+        registers=int(registers[1]),
+        spills=sum(map(int, spilled.groups())),
+        shared=kernel.metadata.shared,
+        scratch=kernel.metadata.global_scratch_size,
+        warnings=tuple(re.findall(r"\((C7\d+)\)", log)),
+        loops=ir.count("scf.for") + ir.count("scf.while"),
+        pending=max(pending, default=0),
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma=ptx.count("mma.sync"),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+    )
+
+
+_read: dict[str, Compiled] = {}
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list[Compiled]]:
+    """Within it every launch compiles for `arch` (80, 90 or 100) and appends to the list, in place of running."""
+    if _launch.INTERPRET:
+        raise RuntimeError("ahead.compiling: TRITON_INTERPRET is set, so that there is nothing to compile")
+    made: list[Compiled] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            compiled = kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=True)
+        if compiled.hash not in _read:  # else it was compiled before, in this process
+            _read[compiled.hash] = read(compiled, kernel.fn.__name__, arch, said.getvalue())
+        made.append(_read[compiled.hash])
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_launch, "launch", launch))
+        stack.enter_context(mock.patch.object(_launch, "pretended", _launch.Device(arch, PROCESSORS[arch])))
+        stack.enter_context(triton.knobs.nvidia.scope())
+        stack.enter_context(triton.knobs.compilation.scope())
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        driver.set_active(_Driver(arch))
+        try:
+            yield made
+        finally:
+            driver.set_active(None)  # the next use looks for a GPU again
