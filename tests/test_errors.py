@@ -33,12 +33,18 @@ class Net(nn.Module):
 
 FOLDED = (
     "{} saw {} rows, the batch has {} examples: a view folded the batch away, or the batch is not dimension 0; keep "
-    "the batch as dimension 0 up to this layer (extra dimensions are fine: (batch, positions, features)), or run "
-    "this part under px.no_moments()"
+    "the batch as dimension 0 up to this layer (extra dimensions are fine: (batch, positions, features)), pass "
+    "px.convert(batch_dim=...) where the whole model has it elsewhere, or run this part under px.no_moments()"
 )
-TWICE = (
+REENTRANT = (
     "a was called twice in one forward pass: the uses of its 'weight' have to be added per example before squaring, "
-    "which is not supported yet; use a layer of its own for each call"
+    "at least one of them in torch.utils.checkpoint(use_reentrant=True), whose backward pass is apart; use "
+    "use_reentrant=False"
+)
+WITHOUT = (
+    "a was called twice in one forward pass: the uses of its 'weight' have to be added per example before squaring, "
+    "one of them without second moments (in eval mode, or under px.no_moments()), so that its part would be missing; "
+    "make both alike, or that one under torch.no_grad()"
 )
 FEW_DIMS = (
     "a: expected an input of at least 2 dimensions with the batch first, got shape (5,); add the batch dimension, or "
@@ -51,9 +57,20 @@ FORWARDS = {
         lambda net, x: net.b(net.a(x).flatten(0, 1)).unflatten(0, x.shape[:2]),
         FOLDED.format("b", 8, 2),
     ),
-    "called twice": (lambda net, x: net.b(net.a(net.a(x))), TWICE),
+    "one use without moments": (lambda net, x: net.b(net.a(without_moments(net.a, x))), WITHOUT),
     "no batch dimension": (lambda net, x: net.b(net.a(x[0, 0]))[None, None], FEW_DIMS),
 }
+
+
+def without_moments(layer, x):
+    with px.no_moments():
+        return layer(x)
+
+
+def twice(net, x):
+    return net.b(net.a(net.a(x)))
+
+
 X4, Y4 = randn(2, 4, 5), randn(2, 4, 3, seed=1)
 
 
@@ -80,7 +97,7 @@ class TestForward:
 
 def test_called_twice_under_compile_is_caught_in_step():
     torch.compiler.reset()
-    model = px.convert(Net(FORWARDS["called twice"][0]))
+    model = px.convert(Net(twice))
     opt = adam(model)
     weights = [p.detach().clone() for p in model.parameters()]
     backward(torch.compile(model, backend="aot_eager", fullgraph=True), X4, target=Y4)
@@ -97,27 +114,20 @@ def test_called_twice_under_compile_is_caught_in_step():
     assert_nothing_lost(model, opt, X4, Y4)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_called_twice_under_checkpointing(reentrant):
-    def twice(net, x):
-        return net.b(checkpoint(lambda h: net.a(net.a(h)), x, use_reentrant=reentrant))
+def in_one_checkpoint(net, x, reentrant):
+    return net.b(checkpoint(lambda h: net.a(net.a(h)), x, use_reentrant=reentrant))
 
-    model = px.convert(Net(twice))
-    with raises(ValueError, TWICE):
+
+def in_two_checkpoints(net, x, reentrant):
+    return net.b(checkpoint(net.a, checkpoint(net.a, x, use_reentrant=reentrant), use_reentrant=reentrant))
+
+
+@pytest.mark.parametrize("where", [in_one_checkpoint, in_two_checkpoints])
+def test_called_twice_under_checkpointing(where):
+    model = px.convert(Net(lambda net, x: where(net, x, True)))
+    with raises(ValueError, REENTRANT):
         backward(model, X4.clone().requires_grad_(), target=Y4)
-    model.forward_fn = None
-    assert_nothing_lost(model, x=X4, y=Y4)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_called_in_two_checkpoints(reentrant):
-    def twice(net, x):
-        return net.b(checkpoint(net.a, checkpoint(net.a, x, use_reentrant=reentrant), use_reentrant=reentrant))
-
-    model = px.convert(Net(twice))
-    with raises(ValueError, TWICE):
-        backward(model, X4.clone().requires_grad_(), target=Y4)
-    model.forward_fn = None
+    model.forward_fn = lambda net, x: where(net, x, False)
     assert_nothing_lost(model, x=X4, y=Y4)
 
 
@@ -187,12 +197,12 @@ def test_a_parametrized_weight():
         model(X)
 
 
-def test_a_weight_tied_after_convert():
-    model = px.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double())
+def test_a_weight_of_another_converted_model():
+    model, other = px.convert(nn.Sequential(nn.Linear(4, 4)).double()), px.convert(nn.Sequential(nn.Linear(4, 4)))
     message = (
-        "Linear.weight: this parameter already belongs to Linear ('0.weight'); the uses of a shared weight have to "
-        "be added per example before squaring, which is not supported yet: give each layer a weight of its own"
+        "0.weight: this parameter already belongs to another converted model (as '0.weight'), which counts its examples "
+        "by itself; convert one module that contains both"
     )
     with raises(ValueError, message):
-        model[2].weight = model[0].weight
+        model[0].weight = other[0].weight
     assert_nothing_lost(model, x=randn(6, 4), y=randn(6, 4, seed=1))

@@ -7,7 +7,7 @@ gradient. A parameter and its leaf are wanted together: where the leaf is None t
 from .conv import conv, conv_transpose
 from .count import count_examples
 from .embedding import embedding
-from .linear import linear
+from .linear import input_major_linear, linear
 from .norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from .reduce import expand
 
@@ -19,6 +19,7 @@ __all__ = [
     "embedding",
     "expand",
     "group_norm",
+    "input_major_linear",
     "instance_norm",
     "layer_norm",
     "linear",

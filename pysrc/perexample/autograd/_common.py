@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "check_dtype", "one_use", "ops", "rows"]
+from ..moments.uses import Call
+
+__all__ = ["add_uses", "autocast", "call_of", "check_dtype", "one_use", "ops", "rows"]
 
 ops = torch.ops.perexample
 
@@ -38,6 +41,32 @@ def check_dtype(layer: str, x: Tensor, weight: Tensor, context: object) -> None:
 def one_use(dy: Tensor, wanted: bool) -> Tensor | None:
     """The gradient of the leaf that counts uses: 1, or None where it is not wanted."""
     return torch.ones((), device=dy.device) if wanted else None
+
+
+def call_of(uses: Tensor | Call | None, *kinds: str) -> Call | None:
+    """In forward: the `Call` among what counts uses, with the uses of its parameters noted.
+
+    `kinds` says for each parameter how it is used: "product" (``G_b = dy_b.T @ x_b``), "rows" (looked up), or "other".
+    """
+    if not isinstance(uses, Call):
+        return None
+    for use, kind in zip(uses.uses, kinds, strict=True):
+        if use is not None:
+            use.products += kind == "product"
+            use.others += kind == "other"
+    return uses
+
+
+def add_uses(
+    call: Call | None, which: int, sum_sq: Tensor | None, grad: Callable[..., Tensor], *tensors: Tensor | None
+) -> Tensor | None:
+    """In backward: what goes to the leaf of parameter number `which`, whose use by itself has the moment `sum_sq`.
+
+    That is `sum_sq` where the forward pass used it once. Otherwise its uses are added per example first: `grad`
+    is a function of slices ``tensor[b : b + 1]`` of `tensors`, and returns the gradient of that example.
+    """
+    uses = None if call is None or sum_sq is None else call.shared(which)
+    return sum_sq if uses is None or sum_sq is None else uses.add_slices(grad, tensors, sum_sq)
 
 
 def rows(x: Tensor, batch_dim: int = 0) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._common import autocast, check_dtype, one_use, ops
+from ..moments.uses import Call
+from ._common import add_uses, autocast, call_of, check_dtype, one_use, ops
 
 __all__ = ["conv", "conv_transpose"]
 
@@ -27,12 +28,13 @@ class _Conv(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.geometry = (list(stride), list(padding), list(dilation), groups)
         ctx.grad_dtype = weight.dtype
         weight = weight.to(x.dtype)
@@ -59,6 +61,14 @@ class _Conv(Function):
             db, db_sq = ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
         if not want_bias:
             db = db_sq = None
+        if ctx.call is not None:
+            kernel = list(weight.shape[2:])
+
+            def one_weight(dy: Tensor, x: Tensor) -> Tensor:
+                return ops.conv_moments(dy, x, kernel, stride, padding, dilation, groups, False, None)[0]
+
+            dw_sq = add_uses(ctx.call, 0, dw_sq, one_weight, dy, x)
+            db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.flatten(2).sum(2), dy)
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None
 
 
@@ -68,7 +78,7 @@ def conv(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -92,13 +102,14 @@ class _ConvTranspose(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         stride: Sequence[int],
         padding: Sequence[int],
         output_padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
         ctx.grad_dtype = weight.dtype
         weight = weight.to(x.dtype)
@@ -123,11 +134,12 @@ class _ConvTranspose(Function):
             extra = [p // s for p, s in zip(output_padding, stride, strict=True)]
             if any(extra):
                 x = F.pad(x, [n for size in reversed(extra) for n in (0, size)])
-            dw, dw_sq, _, _ = ops.conv_moments(
-                x, dy, list(weight.shape[2:]), stride, padding, dilation, groups, False, ctx.grad_dtype
-            )
+            rest = (list(weight.shape[2:]), stride, padding, dilation, groups, False)
+            dw, dw_sq, _, _ = ops.conv_moments(x, dy, *rest, ctx.grad_dtype)
+            dw_sq = add_uses(ctx.call, 0, dw_sq, lambda x, dy: ops.conv_moments(x, dy, *rest, None)[0], x, dy)
         if want_bias:
             db, db_sq = ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
+            db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.flatten(2).sum(2), dy)
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None, None
 
 
@@ -137,7 +149,7 @@ def conv_transpose(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ class _CountExamples(Function):
     """The identity on the model's outputs; each backward pass adds `batch` to the count and 1 to the passes."""
 
     @staticmethod
-    def forward(ctx: Any, count: Tensor, passes: Tensor, batch: int, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, count: Tensor, passes: Tensor, batch: int, note: Callable[[int], None] | None, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.note = note
         ctx.batch, ctx.dtype, ctx.device = batch, count.dtype, count.device
         ctx.set_materialize_grads(False)
         # An alias made by detach() is not a view to autograd, so the caller may go on to change it in place.
@@ -26,10 +29,17 @@ class _CountExamples(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.note is not None:
+            ctx.note(ctx.batch)
         examples = torch.full((), ctx.batch, dtype=ctx.dtype, device=ctx.device)
-        return examples, torch.ones((), device=ctx.device), None, *grads
+        return examples, torch.ones((), device=ctx.device), None, None, *grads
 
 
-def count_examples(count: Tensor, passes: Tensor, batch: int, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`outputs` unchanged; when any is backpropagated, `count` receives the gradient `batch`, and `passes` 1."""
-    return _CountExamples.apply(count, passes, batch, *outputs)
+def count_examples(
+    count: Tensor, passes: Tensor, batch: int, outputs: Sequence[Tensor], note: Callable[[int], None] | None = None
+) -> tuple[Tensor, ...]:
+    """`outputs` unchanged; when any is backpropagated, `count` receives the gradient `batch`, and `passes` 1.
+
+    `note` is called with `batch` at the beginning of that.
+    """
+    return _CountExamples.apply(count, passes, batch, note, *outputs)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._common import one_use, ops
+from ..moments.uses import Call
+from ._common import call_of, one_use, ops
 
 __all__ = ["embedding"]
 
@@ -19,8 +20,16 @@ class _Embedding(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, indices: Tensor, weight: Tensor, weight_leaf: Tensor, uses: Tensor | None, padding_idx: int | None
+        ctx: Any,
+        indices: Tensor,
+        weight: Tensor,
+        weight_leaf: Tensor,
+        uses: Tensor | Call | None,
+        padding_idx: int | None,
     ) -> Tensor:
+        ctx.call = call_of(uses, "rows")
+        if ctx.call is not None:
+            ctx.number = ctx.call.uses[0].look_up(indices.flatten(1) if indices.dim() > 1 else indices[:, None])
         ctx.save_for_backward(indices)
         ctx.rows, ctx.grad_dtype = weight.shape[0], weight.dtype
         ctx.padding_idx = -1 if padding_idx is None else padding_idx
@@ -31,18 +40,16 @@ class _Embedding(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         batch, positions = indices.shape[0], indices.shape[1:].numel()
-        dw, dw_sq = ops.embedding_moments(
-            dy.reshape(batch, positions, dy.shape[-1]),
-            indices.reshape(batch, positions),
-            ctx.rows,
-            ctx.padding_idx,
-            ctx.grad_dtype,
-        )
+        dy, indices = dy.reshape(batch, positions, dy.shape[-1]), indices.reshape(batch, positions)
+        dw, dw_sq = ops.embedding_moments(dy, indices, ctx.rows, ctx.padding_idx, ctx.grad_dtype)
+        uses = None if ctx.call is None else ctx.call.shared(0)
+        if uses is not None:
+            dw_sq = uses.add_rows(ctx.number, dy, indices, ctx.padding_idx, dw_sq)
         return None, dw, dw_sq, one_use(dy, ctx.needs_input_grad[3]), None
 
 
 def embedding(
-    indices: Tensor, weight: Tensor, weight_leaf: Tensor, uses: Tensor | None, padding_idx: int | None
+    indices: Tensor, weight: Tensor, weight_leaf: Tensor, uses: Tensor | Call | None, padding_idx: int | None
 ) -> Tensor:
     """``F.embedding`` with second moments. indices: (B, ...); may be an expanded view."""
     return _Embedding.apply(indices, weight, weight_leaf, uses, padding_idx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops._library import accumulate_dtype
-from ._common import autocast, one_use, ops
+from ..moments.uses import Call
+from ._common import add_uses, autocast, call_of, one_use, ops
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -50,11 +51,12 @@ class _LayerNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         normalized_shape: Sequence[int],
         eps: float,
         batch_dim: int,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.eps, ctx.normalized, ctx.batch_dim = eps, len(normalized_shape), batch_dim
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -71,15 +73,9 @@ class _LayerNorm(Function):
             mean = rstd = None  # rounded ones: the op makes better ones
         else:
             mean, rstd = (_positions(s, ctx.normalized, ctx.batch_dim).squeeze(2) for s in (mean, rstd))
-        results = ops.layer_norm_moments(
-            _positions(dy, ctx.normalized, ctx.batch_dim),
-            rows,
-            mean,
-            rstd,
-            None if weight is None else weight.reshape(rows.shape[2]),
-            ctx.eps,
-            want,
-        )
+        tensors = (_positions(dy, ctx.normalized, ctx.batch_dim), rows, mean, rstd)
+        rest = (None if weight is None else weight.reshape(rows.shape[2]), ctx.eps)
+        results = _moments(ctx.call, ops.layer_norm_moments, tensors, rest, want)
         grads = _norm_grads(results, want, shape)
         dx = _unflatten(results[0], x, ctx.batch_dim) if want[0] else None
         return (dx, *grads, one_use(dy, ctx.needs_input_grad[5]), None, None, None)
@@ -103,11 +99,12 @@ class _RMSNorm(Function):
         x: Tensor,
         weight: Tensor | None,
         weight_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         normalized_shape: Sequence[int],
         eps: float,
         batch_dim: int,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other")
         ctx.eps, ctx.normalized, ctx.batch_dim = eps, len(normalized_shape), batch_dim
         ctx.save_for_backward(x, weight)
         return F.rms_norm(x, normalized_shape, weight, eps)
@@ -119,18 +116,13 @@ class _RMSNorm(Function):
         want = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         shape = x.shape[x.dim() - ctx.normalized :]
         rows = _positions(x, ctx.normalized, ctx.batch_dim)
-        dx, dw, dw_sq = ops.rms_norm_moments(
-            _positions(dy.to(x.dtype), ctx.normalized, ctx.batch_dim),
-            rows,
-            None,
-            None if weight is None else weight.reshape(rows.shape[2]),
-            ctx.eps,
-            want,
-        )
+        tensors = (_positions(dy.to(x.dtype), ctx.normalized, ctx.batch_dim), rows)
+        rest = (None, None if weight is None else weight.reshape(rows.shape[2]), ctx.eps)
+        dx, dw, dw_sq = _moments(ctx.call, ops.rms_norm_moments, tensors, rest, want)
         return (
             _unflatten(dx, x, ctx.batch_dim) if want[0] else None,
             dw.reshape(shape) if want[1] else None,
-            dw_sq.reshape(shape) if want[1] else None,
+            dw_sq.reshape(shape) if want[1] and dw_sq is not None else None,
             one_use(dy, ctx.needs_input_grad[3]),
             None,
             None,
@@ -138,14 +130,38 @@ class _RMSNorm(Function):
         )
 
 
-def _norm_grads(results: Sequence[Tensor], want: Sequence[bool], shape: Sequence[int]) -> tuple[Tensor | None, ...]:
+def _moments(
+    call: Call | None,
+    op: Callable[..., Any],
+    tensors: tuple[Tensor | None, ...],
+    rest: tuple[Any, ...],
+    want: Sequence[bool],
+) -> Sequence[Any]:
+    """``op(*tensors, *rest, want)``, with what goes to the leaves where a parameter was used more than once.
+
+    `tensors` have the batch as dimension 0. The op returns dx, and for each parameter wanted its moments.
+    """
+    results = list(op(*tensors, *rest, want))
+    if call is not None:
+        for which in range(len(want) - 1):
+            if want[1 + which]:
+                alone = [place == 1 + which for place in range(len(want))]
+
+                def grad(*one: Tensor | None, place: int = 1 + 2 * which, alone: list[bool] = alone) -> Tensor:
+                    return op(*one, *rest, alone)[place]  # type: ignore[no-any-return]
+
+                results[2 + 2 * which] = add_uses(call, which, results[2 + 2 * which], grad, *tensors)
+    return results
+
+
+def _norm_grads(results: Sequence[Any], want: Sequence[bool], shape: Sequence[int]) -> tuple[Tensor | None, ...]:
     """The gradients of weight, bias and their leaves."""
     _, dw, dw_sq, db, db_sq = results
     return (
         dw.reshape(shape) if want[1] else None,
         db.reshape(shape) if want[2] else None,
-        dw_sq.reshape(shape) if want[1] else None,
-        db_sq.reshape(shape) if want[2] else None,
+        dw_sq.reshape(shape) if want[1] and dw_sq is not None else None,
+        db_sq.reshape(shape) if want[2] and db_sq is not None else None,
     )
 
 
@@ -155,7 +171,7 @@ def layer_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     normalized_shape: Sequence[int],
     eps: float,
     batch_dim: int = 0,
@@ -172,7 +188,7 @@ def rms_norm(
     x: Tensor,
     weight: Tensor | None,
     weight_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     normalized_shape: Sequence[int],
     eps: float | None,
     batch_dim: int = 0,
@@ -194,10 +210,11 @@ class _GroupNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         groups: int,
         eps: float,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.groups, ctx.eps = groups, eps
         batch, channels = x.shape[:2]
         positions = x.shape[2:].numel()
@@ -215,15 +232,8 @@ class _GroupNorm(Function):
         want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
         batch, channels = x.shape[:2]
         rows = (batch, channels, x.shape[2:].numel())
-        results = ops.group_norm_moments(
-            dy.reshape(rows),
-            x.reshape(rows),
-            *_statistics(x, mean, rstd, (batch, ctx.groups)),
-            weight,
-            ctx.groups,
-            ctx.eps,
-            want,
-        )
+        tensors = (dy.reshape(rows), x.reshape(rows), *_statistics(x, mean, rstd, (batch, ctx.groups)))
+        results = _moments(ctx.call, ops.group_norm_moments, tensors, (weight, ctx.groups, ctx.eps), want)
         dx = results[0].reshape(x.shape) if want[0] else None
         return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None, None)
 
@@ -239,9 +249,10 @@ class _InstanceNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         eps: float,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.eps = eps
         batch, channels = x.shape[:2]
         # F.instance_norm as well is batch norm of one example with B C channels.
@@ -265,15 +276,8 @@ class _InstanceNorm(Function):
         want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
         batch, channels = x.shape[:2]
         rows = (batch, channels, x.shape[2:].numel())
-        results = ops.group_norm_moments(
-            dy.reshape(rows),
-            x.reshape(rows),
-            *_statistics(x, mean, rstd, (batch, channels)),
-            weight,
-            channels,
-            ctx.eps,
-            want,
-        )
+        tensors = (dy.reshape(rows), x.reshape(rows), *_statistics(x, mean, rstd, (batch, channels)))
+        results = _moments(ctx.call, ops.group_norm_moments, tensors, (weight, channels, ctx.eps), want)
         dx = results[0].reshape(x.shape) if want[0] else None
         return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None)
 
@@ -289,11 +293,12 @@ class _BatchNorm(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         mean: Tensor,
         variance: Tensor,
         eps: float,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         wide = accumulate_dtype(x.dtype)
         ctx.save_for_backward(x, weight, mean.to(wide), (variance.to(wide) + eps).rsqrt())
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
@@ -305,7 +310,8 @@ class _BatchNorm(Function):
         want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
         batch, channels = x.shape[:2]
         rows = (batch, channels, x.shape[2:].numel())
-        results = ops.batch_norm_moments(dy.reshape(rows), x.reshape(rows), mean, rstd, weight, want)
+        tensors = (dy.reshape(rows), x.reshape(rows))
+        results = _moments(ctx.call, ops.batch_norm_moments, tensors, (mean, rstd, weight), want)
         dx = results[0].reshape(x.shape) if want[0] else None
         grads = _norm_grads(results, want, (channels,))
         return (dx, *grads, one_use(dy, ctx.needs_input_grad[5]), None, None, None)
@@ -323,7 +329,7 @@ def group_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     groups: int,
     eps: float,
 ) -> Tensor:
@@ -339,7 +345,7 @@ def instance_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     eps: float,
 ) -> Tensor:
     """``F.instance_norm`` by the statistics of the input, with second moments. x: (B, C, ...)."""
@@ -352,7 +358,7 @@ def batch_norm(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     mean: Tensor,
     variance: Tensor,
     eps: float,

@@ -1,5 +1,6 @@
 """Drop-in layers that also compute per-example second moments; subclasses of torch.nn's, state_dicts alike."""
 
+from ..moments import MomentModule
 from .attention import MultiheadAttention, NonDynamicallyQuantizableLinear
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
@@ -40,6 +41,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "Linear",
+    "MomentModule",
     "MultiheadAttention",
     "NonDynamicallyQuantizableLinear",
     "RMSNorm",

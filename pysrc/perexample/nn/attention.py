@@ -28,6 +28,7 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
     expanded to the batch. In eval mode the layer is the stock layer, its fast path included.
     """
 
+    _batch_at = "says"
     out_proj: NonDynamicallyQuantizableLinear
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

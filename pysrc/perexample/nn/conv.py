@@ -16,6 +16,9 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "
 class _Conv(MomentModule):
     """What the three have in common. Every padding that is not symmetric zeros is applied to the input first."""
 
+    _reusable = True
+    _batch_at = "first"
+
     def forward(self, input: Tensor) -> Tensor:
         spatial = len(self.kernel_size)
         if not self._tracking(input, spatial + 2, "weight", "bias"):
@@ -59,6 +62,9 @@ class Conv3d(_Conv, nn.Conv3d):
 
 class _ConvTranspose(MomentModule):
     """What the three have in common."""
+
+    _reusable = True
+    _batch_at = "first"
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         spatial = len(self.kernel_size)

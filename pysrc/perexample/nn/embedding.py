@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
+from ..autograd.expansion import PerExample
 from ..moments import MomentModule
 
 __all__ = ["Embedding"]
@@ -23,13 +24,16 @@ class Embedding(MomentModule, nn.Embedding):
     Attributes:
         batched: None, to tell by the shape; True: dimension 0 is the batch; False: there is none, expand. Has to be
             set where one-dimensional indices are as many as the examples, or a multiple and not consecutive (inside
-            torch.compile: any multiple), which could mean either.
+            torch.compile: any multiple), which could mean either. Indices (Q, K) that belong to no example (relative
+            positions) need False too; the output then has no batch dimension until it is added to something that has.
 
     Raises:
         ValueError: for `max_norm`, `scale_grad_by_freq`, `sparse`, which have no per-example gradient here.
     """
 
     batched: bool | None = None
+    _reusable = True
+    _batch_at = "any"
 
     def __init__(self, *args: Any, batched: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,14 +45,47 @@ class Embedding(MomentModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if not self._recording("weight"):
             return super().forward(input)
+        batch = self._examples.batch
+        if batch is not None and self._bare(input):
+            return self._without_batch(input, batch)
         input = self._with_batch(input)
         if not torch.is_grad_enabled():
             return super().forward(input)
-        return autograd.embedding(input, self.weight, *self._leaves("weight"), self.padding_idx)
+        axis = self._axis(input, 1)
+        if axis:
+            return self._look_up(input.transpose(0, axis)).transpose(0, axis)
+        return self._look_up(input)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        return autograd.embedding(indices, self.weight, *self._leaves("weight"), self.padding_idx)
+
+    def _bare(self, indices: Tensor) -> bool:
+        """Whether the indices have no batch, and an expansion would be in the way of what comes next."""
+        if self.batched is False:
+            return bool(self._examples.batch_dim) or (indices.dim() > 1 and indices.shape[0] != 1)
+        return False
+
+    def _without_batch(self, indices: Tensor, batch: int) -> Tensor:
+        """The rows of indices that all examples have in common, one copy for each of them: no batch dimension."""
+        if not torch.is_grad_enabled() or batch == 0:
+            with torch.no_grad():
+                return super().forward(indices)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{self._label()}: indices without a batch (batched=False) cannot be used inside of compiled code; compile "
+                f"the parts of the model without this layer"
+            )
+        copies = self._look_up(indices.expand(batch, *indices.shape))
+        return copies[0] if batch == 1 else PerExample(copies, self._examples.batch_dim, self._label())
 
     def _with_batch(self, indices: Tensor) -> Tensor:
         batch = self._examples.batch
         if batch is None or self.batched:
+            self._check_batch(indices, 1)
+            return indices
+        if self._examples.batch_dim and indices.dim() > 1:
+            if indices.shape[1] == 1 and batch != 1:
+                return indices.expand(indices.shape[0], batch, *indices.shape[2:])
             self._check_batch(indices, 1)
             return indices
         first = indices.shape[0] if indices.dim() else 1

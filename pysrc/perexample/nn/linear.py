@@ -21,7 +21,10 @@ class Linear(MomentModule, nn.Linear):
             is called twice in one forward pass.
     """
 
+    _reusable = True
+    _batch_at = "any"
+
     def forward(self, input: Tensor) -> Tensor:
         if not self._tracking(input, 2, "weight", "bias"):
             return super().forward(input)
-        return autograd.linear(input, self.weight, self.bias, *self._leaves("weight", "bias"), self.batch_dim)
+        return autograd.linear(input, self.weight, self.bias, *self._leaves("weight", "bias"), self._axis(input, 2))

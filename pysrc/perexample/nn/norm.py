@@ -28,6 +28,9 @@ class LayerNorm(MomentModule, nn.LayerNorm):
     Input (B, ..., *normalized_shape).
     """
 
+    _reusable = True
+    _batch_at = "any"
+
     def forward(self, input: Tensor) -> Tensor:
         if not self._tracking(input, len(self.normalized_shape) + 1, "weight", "bias"):
             return super().forward(input)
@@ -38,7 +41,7 @@ class LayerNorm(MomentModule, nn.LayerNorm):
             *self._leaves("weight", "bias"),
             self.normalized_shape,
             self.eps,
-            self.batch_dim,
+            self._axis(input, len(self.normalized_shape) + 1),
         )
 
 
@@ -48,16 +51,21 @@ class RMSNorm(MomentModule, nn.RMSNorm):
     Input (B, ..., *normalized_shape).
     """
 
+    _reusable = True
+    _batch_at = "any"
+
     def forward(self, x: Tensor) -> Tensor:
         if not self._tracking(x, len(self.normalized_shape) + 1, "weight"):
             return super().forward(x)
-        return autograd.rms_norm(
-            x, self.weight, *self._leaves("weight"), self.normalized_shape, self.eps, self.batch_dim
-        )
+        axis = self._axis(x, len(self.normalized_shape) + 1)
+        return autograd.rms_norm(x, self.weight, *self._leaves("weight"), self.normalized_shape, self.eps, axis)
 
 
 class GroupNorm(MomentModule, nn.GroupNorm):
     """torch.nn.GroupNorm whose backward also computes ``p.sum_grad_squared`` (MATHS 7). Input (B, C, ...)."""
+
+    _reusable = True
+    _batch_at = "first"
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._tracking(input, 2, "weight", "bias"):
@@ -72,6 +80,9 @@ class _WithRunningStatistics(MomentModule):
 
     Such a layer also records while it is in eval mode itself, in the forward pass of a converted model in training.
     """
+
+    _reusable = True
+    _batch_at = "first"
 
     def _in_training(self) -> bool:
         return self.training or (self.running_mean is not None and self._examples.training)

@@ -23,6 +23,8 @@ __all__ = [
 class _Assembled(MomentModule):
     """What all have in common: no parameter of their own, and parts that see the batch where they do."""
 
+    _batch_at = "says"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():

@@ -254,7 +254,8 @@ class Adam(Optimizer):
                     uses = moment.uses
                     if uses is not last_uses and uses is not None and uses.grad is not None:
                         last_uses = uses
-                        bucket.uses.append(uses.grad)
+                        # Beside uses in eager mode, these may have been in the same forward pass as well.
+                        bucket.uses.append(uses.grad + math.inf if moment.eager else uses.grad)
                         bucket.users.append(p)
         if not buckets and any(count.forward_pending for count in counts.values()):
             raise RuntimeError(

@@ -1,0 +1,137 @@
+"""The hooks of a converted model: where a forward pass begins and ends, and where its examples are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import autograd
+from ..autograd.expansion import batched
+from ..moments import ExampleCount, MomentModule, _Mode, overlap
+from ..moments.module import WITHOUT
+
+__all__ = ["follow_passes"]
+
+
+def follow_passes(model: nn.Module) -> None:
+    """Let `model` count the examples of its forward passes."""
+    if "_perexample_root" not in model.__dict__:
+        model._perexample_root = True  # type: ignore[assignment]
+        model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)
+        model.register_forward_hook(_leave, with_kwargs=True)
+        model.register_forward_hook(_abandon, with_kwargs=True, always_call=True)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted model: remember the batch size of the pass that begins."""
+    examples: ExampleCount = module._examples  # type: ignore[assignment]
+    root = module.__dict__.get("_name", "")
+    eager = not torch.compiler.is_compiling()
+    if examples.batch is not None:
+        if examples.root != root:
+            if eager:
+                examples.nested[root] = 1
+            return  # part of a pass under way
+        if eager:
+            examples.end_pass()
+            raise RuntimeError(
+                f"{type(module).__name__} was called inside of its own forward pass (or the last one was interrupted; "
+                f"then call it again), so that its examples would be counted twice; call the parts that it is made of"
+            )
+    again = eager and torch._C._current_graph_task_id() != -1  # checkpointing, in backward
+    if again and root in examples.nested:
+        return  # counted by the pass that it was part of
+    examples.root = root
+    examples.end_pass()
+    examples.training = module.training
+    if not (torch.is_grad_enabled() and _Mode.enabled):
+        return
+    if not again:
+        examples.forget_backward()  # in case the last backward pass raised
+        if eager:
+            examples.drop_cleared()
+            _refuse_chain(module, examples, root, _tensors((args, kwargs)))
+    dim = examples.batch_dim
+    if isinstance(module, MomentModule) and module._batch_at == "says":
+        dim = module.batch_dim
+    for tensor in _tensors((args, kwargs)):
+        if tensor.dim() > dim:
+            examples.batch = tensor.shape[dim]
+            return
+    if module.training:
+        raise TypeError(
+            f"{type(module).__name__}: its inputs hold no tensor whose dimension {dim} could be the batch; pass one, or "
+            f"call the model under px.no_moments()"
+        )
+
+
+def _refuse_chain(module: nn.Module, examples: ExampleCount, root: str, inputs: Iterator[Tensor]) -> None:
+    """Raise where an input was computed by an earlier pass through the same weights: it would count examples twice."""
+    leaves = [examples.roots[name][0] for name in examples.root_names if overlap(name, root)]
+    pending = [tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if any(getattr(node, "variable", None) is leaf for leaf in leaves):
+            raise ValueError(
+                f"{type(module).__name__}: an input was computed by an earlier forward pass through the same weights, "
+                f"so they are used twice for one example, and their uses have to be added per example before squaring: "
+                f"detach the input, or make both calls inside of the forward of one converted model"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a converted model: let the outputs carry the example count backward."""
+    examples: ExampleCount = module._examples  # type: ignore[assignment]
+    if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
+        return None
+    batch, tracked = examples.batch, any(how != WITHOUT for how in examples.used.values())
+    examples.end_pass()
+    if not (module.training or tracked):
+        return None
+    examples.last_batch = batch
+    examples.forward_pending = True
+    note = None if torch.compiler.is_compiling() else examples.note_backward
+    if isinstance(output, Tensor):
+        if not output.requires_grad:
+            return None
+        return autograd.count_examples(*examples.leaves(), batch, [batched(output)], note)[0]
+    leaves, spec = pytree.tree_flatten(output)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not where:
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise TypeError(
+                f"{type(module).__name__} returned {type(output).__name__}, in which no tensor was found to count the "
+                f"examples with; return tensors, lists, tuples or dicts of them, or register the class with "
+                f"torch.utils._pytree"
+            )
+        return None
+    counted = autograd.count_examples(*examples.leaves(), batch, [batched(leaves[i]) for i in where], note)
+    for i, tensor in zip(where, counted, strict=True):
+        leaves[i] = tensor
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _abandon(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook that runs in any case: a pass that raised is over."""
+    examples: ExampleCount = module._examples  # type: ignore[assignment]
+    if examples.batch is not None and examples.root == module.__dict__.get("_name", ""):
+        examples.end_pass()

@@ -1,0 +1,175 @@
+"""Which class of layer serves which stock class: by table, by `register`, or by what a module looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import autograd
+from .. import nn as px_nn
+from ..moments import MomentModule
+
+__all__ = ["LAYERS", "recipe_for", "register"]
+
+# Exactly these classes: a subclass may compute something else.
+LAYERS: dict[type[nn.Module], type[MomentModule]] = {
+    nn.Linear: px_nn.Linear,
+    nn.Conv1d: px_nn.Conv1d,
+    nn.Conv2d: px_nn.Conv2d,
+    nn.Conv3d: px_nn.Conv3d,
+    nn.ConvTranspose1d: px_nn.ConvTranspose1d,
+    nn.ConvTranspose2d: px_nn.ConvTranspose2d,
+    nn.ConvTranspose3d: px_nn.ConvTranspose3d,
+    nn.MultiheadAttention: px_nn.MultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: px_nn.NonDynamicallyQuantizableLinear,
+    nn.TransformerEncoderLayer: px_nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: px_nn.TransformerDecoderLayer,
+    nn.TransformerEncoder: px_nn.TransformerEncoder,
+    nn.TransformerDecoder: px_nn.TransformerDecoder,
+    nn.Transformer: px_nn.Transformer,
+    nn.LayerNorm: px_nn.LayerNorm,
+    nn.RMSNorm: px_nn.RMSNorm,
+    nn.GroupNorm: px_nn.GroupNorm,
+    nn.InstanceNorm1d: px_nn.InstanceNorm1d,
+    nn.InstanceNorm2d: px_nn.InstanceNorm2d,
+    nn.InstanceNorm3d: px_nn.InstanceNorm3d,
+    nn.BatchNorm1d: px_nn.BatchNorm1d,
+    nn.BatchNorm2d: px_nn.BatchNorm2d,
+    nn.BatchNorm3d: px_nn.BatchNorm3d,
+    nn.Embedding: px_nn.Embedding,
+}
+
+_registered: dict[type[nn.Module], type[MomentModule]] = {}
+_made: dict[type[nn.Module], type[MomentModule]] = {}
+
+
+def register(module_class: type[nn.Module], recipe: type[MomentModule]) -> None:
+    """Let `px.convert` serve modules of exactly the class `module_class` by `recipe`.
+
+    Args:
+        module_class: a subclass of torch.nn.Module; not of its subclasses, which may compute something else.
+        recipe: a subclass of ``px.nn.MomentModule`` and of `module_class` that adds no state of its own: converting
+            changes the class of the module and nothing else.
+
+    Raises:
+        TypeError: if they are no such classes.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"px.register: module_class must be a subclass of torch.nn.Module, got {module_class!r}")
+    if not (isinstance(recipe, type) and issubclass(recipe, MomentModule) and issubclass(recipe, module_class)):
+        raise TypeError(
+            f"px.register: recipe must be a subclass of px.nn.MomentModule and of {module_class.__name__}, got {recipe!r}"
+        )
+    _registered[module_class] = recipe
+
+
+def recipe_for(module: nn.Module) -> type[MomentModule] | None:
+    """The class that serves `module` by a kernel, or None. An instance of such a class is served by its own."""
+    stock = type(module)
+    if isinstance(module, MomentModule):
+        return None if hasattr(stock, "_stock_class") else stock
+    found = _registered.get(stock) or LAYERS.get(stock) or _made.get(stock)
+    if found is None:
+        base = _lookalike(module)
+        found = None if base is None else _subclass(base, stock)
+        if found is not None:
+            _made[stock] = found
+    return found
+
+
+def _subclass(base: type[MomentModule], stock: type[nn.Module]) -> type[MomentModule]:
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__reduce_ex__": _reduce}
+    return type(stock.__name__, (base, stock), {**names, "_made_for": stock})
+
+
+def _reduce(self: MomentModule, protocol: object) -> object:
+    return _remake, (type(self)._made_for, type(self).__mro__[1]), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _remake(stock: type[nn.Module], base: type[MomentModule]) -> MomentModule:
+    made = _made.get(stock)
+    if made is None:
+        made = _made[stock] = _subclass(base, stock)
+    return made.__new__(made)
+
+
+def _only(module: nn.Module, *names: str) -> bool:
+    """Whether `module` has these parameters and nothing else: no other state, no children."""
+    own = {name for name, p in module._parameters.items() if p is not None}
+    return own == set(names) and not module._modules and not module._buffers
+
+
+class _InputMajorLinear(MomentModule):
+    """A linear layer whose weight is (I, O), as GPT-2's Conv1D."""
+
+    _reusable = True
+    _batch_at = "any"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._tracking(x, 2, "weight", "bias"):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        return autograd.input_major_linear(
+            x, self.weight, self.bias, *self._leaves("weight", "bias"), self._axis(x, 2)
+        )
+
+
+class _RMSNorm(MomentModule):
+    """A norm by the root of the mean square, with a weight and nothing else."""
+
+    _reusable = True
+    _batch_at = "any"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states
+        if not self._tracking(x, 2, "weight"):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, width, axis = self.weight.to(dtype), self.weight.shape, self._axis(x, 2)
+        return autograd.rms_norm(x.to(dtype), weight, *self._leaves("weight"), width, _eps(self), axis)
+
+
+def _eps(module: nn.Module) -> float | None:
+    found = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
+    return next((value for value in found if isinstance(value, float)), None)
+
+
+def _lookalike(module: nn.Module) -> type[MomentModule] | None:
+    """By its class' name and its parameters, and then by what it computes of a probe."""
+    name = type(module).__name__
+    weight = module._parameters.get("weight")
+    if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        return None
+    if name == "Conv1D" and weight.dim() == 2 and _only(module, "weight", "bias"):
+        if _computes(module, weight.shape[0], lambda x, weight, bias: x @ weight + bias):
+            return _InputMajorLinear
+    eps = _eps(module)
+    if ("RMSNorm" in name or name == "T5LayerNorm") and weight.dim() == 1 and _only(module, "weight") and eps is not None:
+        if _computes(
+            module, weight.shape[0], lambda x, weight: weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ):
+            return _RMSNorm
+    return None
+
+
+def _computes(module: nn.Module, width: int, formula: Callable[..., Tensor]) -> bool:
+    """Whether `module` computes ``formula(x, **parameters)``, of a probe with rows large and small, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: torch.randn(p.shape, generator=generator).to(p.device)
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+    x = torch.randn(2, 3, width, generator=generator).to(next(iter(parameters.values())).device)
+    x[:, 0] *= 1e-3
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            found = torch.func.functional_call(module, parameters, (x,))
+            expected = formula(x, **parameters)
+        except Exception:  # whatever it is, it is not that
+            return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    # Another formula differs in the first digits, this one in the last.
+    return bool(((found - expected).abs() <= torch.finfo(x.dtype).eps ** 0.5 * (1 + expected.abs())).all())

@@ -1,0 +1,239 @@
+"""Weights that are used more than once in one forward pass: their uses are added per example BEFORE squaring.
+
+In a forward pass of a converted model, in eager mode, each parameter has one `Uses`. Where it turns out to have been
+used once, nothing of this file runs in backward. Otherwise each use's backward hands in a *piece* of the second
+moment in place of a second moment: what is needed to form its per-example gradient ``G_b``. The leaf's hook runs when all
+uses that this backward pass reaches have done so, and contracts the pieces together::
+
+    sum_b (sum_uses G_b)**2
+
+A use that receives no gradient hands in nothing, as its ``G_b`` is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..ops._library import accumulate_dtype
+
+if TYPE_CHECKING:
+    from .leaf import Moment
+
+__all__ = ["Call", "Uses"]
+
+_ops = torch.ops.perexample
+
+
+@dataclass
+class _Product:
+    """A use as a matrix: ``G_b = dy_b.T @ x_b``. dy: (B, T, O), x: (B, T, I)."""
+
+    dy: Tensor
+    x: Tensor
+
+    def example(self, b: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.dy[b].to(dtype).t().mm(self.x[b].to(dtype))
+
+
+@dataclass
+class _Contracted:
+    """The only use as a matrix beside look-ups of rows: contracted at once, and ``G_b`` kept for those rows alone.
+
+    So that the gradient of a tied head's output, the largest tensor of a language model, need not be kept.
+    """
+
+    sum_sq: Tensor
+    rows: list[Tensor]  # for each look-up (B, T, D): G_b at the rows looked up
+
+
+@dataclass
+class _Rows:
+    """A look-up of rows: ``G_b`` is the sum of dy over equal indices. dy: (B, T, D), indices: (B, T)."""
+
+    dy: Tensor
+    indices: Tensor
+    number: int
+
+    def example(self, b: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        grad = torch.zeros(tuple(shape), dtype=dtype, device=self.dy.device)
+        return grad.index_add_(0, self.indices[b], self.dy[b].to(dtype))
+
+
+@dataclass
+class _Slices:
+    """Any other use: `grad` is the gradient of what it is given slices of one example of `tensors` for."""
+
+    grad: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+
+    def example(self, b: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        one = [None if tensor is None else tensor[b : b + 1] for tensor in self.tensors]
+        return self.grad(*one).reshape(tuple(shape)).to(dtype)
+
+
+_Piece = _Product | _Contracted | _Rows | _Slices
+
+
+class Uses:
+    """The uses of one parameter in one forward pass."""
+
+    __slots__ = (
+        "batch",
+        "count",
+        "expanded",
+        "indices",
+        "moment",
+        "others",
+        "pieces",
+        "products",
+        "reusable",
+    )
+
+    def __init__(self, moment: Moment, batch: int, reusable: bool) -> None:
+        self.moment = moment
+        self.batch = batch
+        self.reusable = reusable  # whether the use so far hands in pieces
+        self.count = 0
+        self.products = 0  # how many uses are matrix products, as in a linear layer
+        self.others = 0  # and how many neither those nor look-ups
+        self.indices: list[Tensor] = []  # of each look-up (B, T)
+        self.expanded: Any = None  # what `expansion` made of the parameter in this pass
+        self.pieces: dict[int, list[_Piece]] = {}  # by the number of the backward pass
+
+    @property
+    def shared(self) -> bool:
+        return self.count > 1
+
+    # In forward: of what kind a use is.
+
+    def look_up(self, indices: Tensor) -> int:
+        """Note a look-up of rows; returns its number. indices: (B, T)."""
+        self.indices.append(indices)
+        return len(self.indices) - 1
+
+    # In backward: a piece in place of a second moment. Each returns what stands for the leaf's gradient.
+
+    def add_product(self, dy: Tensor, x: Tensor, sum_sq: Tensor) -> Tensor | None:
+        """Of ``G_b = dy_b.T @ x_b``, whose own second moment is `sum_sq`. dy: (B, T, O), x: (B, T, I)."""
+        if self.products == 1 and not self.others:
+            found = [_rows_of_product(dy, x, indices) for indices in self.indices]
+            return self._add(_Contracted(sum_sq, found), sum_sq)
+        return self._add(_Product(dy, x), sum_sq)
+
+    def add_rows(self, number: int, dy: Tensor, indices: Tensor, padding_idx: int, sum_sq: Tensor) -> Tensor | None:
+        """Of the look-up that `look_up` numbered. dy: (B, T, D), indices: (B, T)."""
+        if padding_idx >= 0:
+            dy = dy.masked_fill((indices == padding_idx)[..., None], 0)
+        return self._add(_Rows(dy, indices, number), sum_sq)
+
+    def add_slices(
+        self, grad: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], sum_sq: Tensor
+    ) -> Tensor | None:
+        """Of any use: `grad` maps slices ``tensor[b : b + 1]`` of `tensors` to ``G_b``."""
+        return self._add(_Slices(grad, tensors), sum_sq)
+
+    def _add(self, piece: _Piece, like: Tensor) -> Tensor | None:
+        task = torch._C._current_graph_task_id()
+        pieces = self.pieces.get(task)
+        if pieces is not None:
+            pieces.append(piece)
+            return None
+        self.pieces[task] = [piece]
+        self.moment.waiting.setdefault(task, []).append(self)
+        self.moment.examples.unfinished.append(self)
+        # Where this backward pass does not go to the leaf (torch.autograd.grad), the pieces go with it.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.forget(task))
+        return _zero(like.dtype, like.device).expand(like.shape)
+
+    def forget(self, task: int) -> None:
+        self.pieces.pop(task, None)
+        self.moment.waiting.pop(task, None)
+
+    def contract(self, task: int, like: Tensor) -> Tensor:
+        """``sum_b (sum_uses G_b)**2`` of the pieces of backward pass `task`; shape and dtype of `like`."""
+        pieces = self.pieces.pop(task)
+        products = [piece for piece in pieces if isinstance(piece, _Product)]
+        rows = [piece for piece in pieces if isinstance(piece, _Rows)]
+        done = [piece for piece in pieces if isinstance(piece, _Contracted)]
+        if len(products) + len(rows) + len(done) < len(pieces):
+            return self._contract_examples(pieces, like)
+        sum_sq = done[0].sum_sq if done else None
+        found = done[0].rows if done else None
+        if products:
+            dy, x = _positions([piece.dy for piece in products]), _positions([piece.x for piece in products])
+            wide = torch.promote_types(dy.dtype, x.dtype)  # under autocast uses may differ
+            dy, x = dy.to(wide), x.to(wide)
+            sum_sq = _ops.linear_moments(dy, x, False, None)[1]
+            found = [_rows_of_product(dy, x, indices) for indices in self.indices]
+        if not rows:
+            assert sum_sq is not None
+            return sum_sq
+        dy, indices = _positions([piece.dy for piece in rows]), _positions([piece.indices for piece in rows])
+        looked_up = _ops.embedding_moments(dy, indices, like.shape[0], -1, None)[1]
+        if sum_sq is None or found is None:
+            return looked_up
+        # (H + E)**2 = H**2 + E**2 + 2 H E, where H E lives only on the rows that the example looked up.
+        both = _positions([found[piece.number] for piece in rows]) * dy.to(like.dtype)
+        cross = _ops.embedding_moments(both, indices, like.shape[0], -1, None)[0]
+        return sum_sq.add(looked_up).add_(cross, alpha=2).clamp_(min=0)
+
+    def _contract_examples(self, pieces: list[_Piece], like: Tensor) -> Tensor:
+        total = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        for b in range(self.batch):
+            grad = sum(piece.example(b, like.shape, like.dtype) for piece in pieces)  # type: ignore[union-attr]
+            total += grad.square()  # type: ignore[union-attr]
+        return total
+
+
+def _positions(parts: list[Tensor]) -> Tensor:
+    """(B, T_1, ...), (B, T_2, ...), ... -> (B, T_1 + T_2 + ..., ...)."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _rows_of_product(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """The rows `indices` (B, S) of ``G_b = dy_b.T @ x_b``: (B, S, I)."""
+    wide = accumulate_dtype(dy.dtype)
+    chosen = dy.gather(2, indices.long()[:, None, :].expand(-1, dy.shape[1], -1))  # (B, T, S)
+    return chosen.to(wide).transpose(1, 2).bmm(x.to(wide))
+
+
+_zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    key = dtype, device
+    if key not in _zeros:
+        _zeros[key] = torch.zeros((), dtype=dtype, device=device)
+    return _zeros[key]
+
+
+def is_placeholder(grad: Tensor) -> bool:
+    """Whether nothing but pieces stands behind the leaf's gradient `grad`."""
+    zero = _zeros.get((grad.dtype, grad.device))
+    return zero is not None and grad.data_ptr() == zero.data_ptr() and math.prod(grad.shape) > 0
+
+
+class Call:
+    """One call of a layer in a forward pass: the `Uses` of the parameters that it names, None for what is frozen.
+
+    Goes to the layer's Function in the place of the leaf that counts uses.
+    """
+
+    __slots__ = ("uses",)
+
+    def __init__(self, uses: Sequence[Uses | None]) -> None:
+        self.uses = tuple(uses)
+
+    def shared(self, which: int) -> Uses | None:
+        """In backward: the `Uses` of parameter number `which` where it was used more than once."""
+        uses = self.uses[which]
+        if uses is None:
+            return None
+        uses.moment.eager = True
+        return uses if uses.count > 1 else None

@@ -1,0 +1,216 @@
+"""The exact fallback: modules without a kernel, whose parameters get one copy per example (MATHS 8)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ..autograd.expansion import PerExample, appearance, batched
+from ..moments import Call, MomentModule, in_reentrant_checkpoint, moment_of
+from ..moments.leaf import _Mode
+from ..moments.module import REENTRANT, WITH, WITHOUT
+
+__all__ = ["Fallback", "fallback_class", "follow_copies"]
+
+_LARGE = 256 << 20  # bytes of one copy per example from which on a warning is worth it
+
+
+class Fallback(MomentModule):
+    """Base of the modules that no kernel serves: each of its own parameters appears as a `PerExample` to its forward.
+
+    That holds wherever it is read during a forward pass of the converted model, also by other modules.
+    """
+
+    _reusable = True
+    _stock_class: type[nn.Module]
+    _calls: list[dict[str, Tensor]]  # of forward calls under way: the parameters as they appear there
+
+    def __getattr__(self, name: str) -> Any:
+        parameters = self.__dict__.get("_parameters")
+        if parameters and name in parameters:
+            p = parameters[name]
+            if p is not None and p.requires_grad and name in self.__dict__.get("_moments", ()):
+                return self._appearance(name, p)
+        return super().__getattr__(name)
+
+    def _appearance(self, name: str, p: Tensor) -> Tensor:
+        examples = self._examples
+        inside = examples.batch is not None
+        recording = _Mode.enabled and self._in_training()
+        if torch.compiler.is_compiling():
+            if inside and recording and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self._label()}.{name}: parameters of the exact fallback cannot be used inside of compiled code; "
+                    f"compile the parts of the model without them"
+                )
+            return p
+        calls = self.__dict__.get("_calls")
+        if not torch.is_grad_enabled():
+            if inside and recording and not (calls and name in calls[-1]) and in_reentrant_checkpoint():
+                self._note_use(name, REENTRANT)
+                if calls:
+                    calls[-1][name] = p
+            return p
+        if inside:
+            if not recording:
+                self._note_use(name, WITHOUT)
+                return p
+            return self._expanded(name, p)
+        if not recording or not examples.rooted:
+            return p
+        if torch._C._current_graph_task_id() == -1:
+            return self._uncounted(name, p) if calls else p
+        return self._again(name, p, calls)  # in backward with gradients: checkpointing
+
+    def _expanded(self, name: str, p: Tensor) -> Tensor:
+        if moment_of(p) is not self._moments[name]:
+            self._bind(name)
+        moment, examples = self._moments[name], self._examples
+        uses = examples.uses.get(moment.name)
+        if uses is None or uses.expanded is None:
+            uses = self._note_use(name, WITH)
+            assert uses is not None and examples.batch is not None and moment.leaf is not None
+            self._warn_if_large(name, p, examples.batch)
+            uses.expanded = appearance(
+                p, moment.leaf, Call((uses,)), examples.batch, examples.batch_dim, f"{self._label()}.{name}"
+            )
+        return uses.expanded  # type: ignore[no-any-return]
+
+    def _again(self, name: str, p: Tensor, calls: list[dict[str, Tensor]] | None) -> Tensor:
+        if calls and name in calls[-1]:
+            return calls[-1][name]
+        batch = self._examples.recomputed_batch(f"{self._label()}.{name}")
+        leaf = self._moments[name].leaf
+        assert leaf is not None
+        value = appearance(p, leaf, None, batch, self._examples.batch_dim, f"{self._label()}.{name}")
+        if calls:
+            calls[-1][name] = value
+        return value
+
+    def _uncounted(self, name: str, p: Tensor) -> Tensor:
+        """`p` for a use outside of any pass of the converted model: its backward leaves a note."""
+        alias = p.view_as(p)
+        alias.register_hook(self._moments[name]._note_uncounted)
+        return alias
+
+    def _warn_if_large(self, name: str, p: Tensor, batch: int) -> None:
+        size = batch * p.numel() * p.element_size()
+        if size >= _LARGE and not self.__dict__.get("_warned_large"):
+            self.__dict__["_warned_large"] = True
+            warnings.warn(
+                f"{self._label()}.{name}: the exact fallback keeps one gradient per example of this parameter in "
+                f"backward, {size / 2**20:.0f} MB for {batch} examples; a kernel or a recipe (px.register) for "
+                f"{type(self).__name__} needs none of it",
+                stacklevel=2,
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _make, (self._stock_class,), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_calls", None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = new = _make(self._stock_class)
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_moments", "_calls")}
+        new.__setstate__(copy.deepcopy(state, memo))
+        return new
+
+
+def _make(stock: type[nn.Module]) -> Any:
+    made = fallback_class(stock)
+    return made.__new__(made)
+
+
+@functools.cache
+def fallback_class(stock: type[nn.Module]) -> type[Fallback]:
+    """The subclass of `stock` by which the fallback serves it."""
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = self.__dict__.setdefault("_calls", [])
+        calls.append({})
+        try:
+            return super(made, self).forward(*args, **kwargs)
+        finally:
+            calls.pop()
+
+    made: type[Fallback] = type(
+        stock.__name__,
+        (Fallback, stock),
+        {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "_stock_class": stock,
+            # Which parameter meets what is looked at as it happens, so torch.compile has to leave this out.
+            "forward": _eager(forward),
+        },
+    )
+    return made
+
+
+def _eager(forward: Any) -> Any:
+    """`forward`, left out by torch.compile (a graph break), without importing all of it where nobody compiles."""
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return _disabled(forward)(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _disabled(forward: Any) -> Any:
+    return torch.compiler.disable(forward)
+
+
+def follow_copies(module: nn.Module) -> None:
+    """Let a layer with a kernel take `PerExample` inputs (learned queries, say), as its forward hooks."""
+    if "_follows_copies" not in module.__dict__:
+        module.__dict__["_follows_copies"] = True
+        module.register_forward_pre_hook(_take_copies, with_kwargs=True)
+        module.register_forward_hook(_give_copies, with_kwargs=True)
+
+
+def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    found = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, PerExample)]
+    if not found:
+        return None
+    first = found[0]
+    if all(value.dim() and value.shape[value.axis] == value.batch for value in found):
+        return tree_map_only(PerExample, batched, (args, kwargs))
+    if len(found) > 1 or not first.dim() or first.batch_dim:
+        return tree_map_only(PerExample, batched, (args, kwargs))  # raises
+    with torch._C.DisableTorchFunctionSubclass():
+        copies = first.copies
+        single = first.shape[0] == 1
+        if not single and not isinstance(module, (nn.Linear, nn.LayerNorm)):
+            return tree_map_only(PerExample, batched, (args, kwargs))
+        module.__dict__["_copies_of"] = first, single
+        value = copies.squeeze(1) if single else copies
+    return tree_map_only(PerExample, lambda _: value, (args, kwargs))
+
+
+def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    found = module.__dict__.pop("_copies_of", None)
+    if found is None:
+        return None
+    first, single = found
+    if not isinstance(output, Tensor):
+        batched(first)  # raises
+    return PerExample(output.unsqueeze(1) if single else output, first.batch_dim, first.owner)
