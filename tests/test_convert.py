@@ -78,7 +78,7 @@ def frozen(module):
 
 BATCH = (
     "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its place, which "
-    'px.convert(model, batchnorm="group") does, or convert it in eval mode (its .eval()), which is served'
+    'px.convert(model, batchnorm="group") does, or a BatchNorm1d/2d/3d in eval mode (its .eval()), which is served'
 )
 LAZY = "its parameters have no shape yet; run one forward pass before converting"
 MAX_NORM = "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"
@@ -88,7 +88,9 @@ RECURRENT = (
     "a recurrent layer that keeps its weights in a list besides; build it from cells (torch.nn.LSTMCell, GRUCell, "
     "RNNCell), or freeze its parameters (requires_grad_(False))"
 )
-KEPT = "keeps a parameter besides in its attribute 'all', where its uses could not be seen; reach it by its own name only"
+KEPT = (
+    "keeps a parameter besides in its attribute 'all', where its uses could not be seen; reach it by its own name only"
+)
 QUANTISED = "its scale is quantised or of a special class (Special); train in floating point, or freeze it"
 FOREIGN = "its weight is a tensor that is no parameter; make it a torch.nn.Parameter"
 

@@ -200,8 +200,8 @@ def test_a_parametrized_weight():
 def test_a_weight_of_another_converted_model():
     model, other = px.convert(nn.Sequential(nn.Linear(4, 4)).double()), px.convert(nn.Sequential(nn.Linear(4, 4)))
     message = (
-        "0.weight: this parameter already belongs to another converted model (as '0.weight'), which counts its examples "
-        "by itself; convert one module that contains both"
+        "0.weight: this parameter already belongs to another converted model (as '0.weight'), which counts its "
+        "examples by itself; convert one module that contains both"
     )
     with raises(ValueError, message):
         model[0].weight = other[0].weight

@@ -5,13 +5,13 @@ carries ``copies`` (B, *shape), an expanded view with one copy per example, whos
 torch function that it meets is replaced by the one that gives each example its own copy:
 
 - of copies alone (and constants): the function is mapped over them, and the result is a `PerExample` again;
-- with tensors that carry the batch and a gradient: elementwise, the copies are aligned with the batch dimension; for a
-  layer's function it is mapped over the examples, each a batch of one. The result is a plain tensor. A `PerExample` that
-  has grown a batch dimension itself (``cls.expand(B, -1, -1)``) gives row b of example b's copy.
+- with tensors that carry the batch and a gradient: elementwise, the copies are aligned with the batch dimension; for
+  a layer's function it is mapped over the examples, each a batch of one. The result is a plain tensor. A `PerExample`
+  that has grown a batch dimension itself (``cls.expand(B, -1, -1)``) gives row b of example b's copy.
 
-Both are exact by construction, because each function in the tables below treats the rows of its batch apart. Any other
-function is refused by name. A tensor without gradient may be the batch or a constant that happens to have as many rows; so
-the result stays a `PerExample` until it meets a gradient or a layer, and only then its rows are taken.
+Both are exact by construction, because each function in the tables below treats the rows of its batch apart. Any
+other function is refused by name. A tensor without gradient may be the batch or a constant that happens to have as
+many rows; so the result stays a `PerExample` until it meets a gradient or a layer, and only then its rows are taken.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PerExample(torch.Tensor):
         return _call(func, tuple(args), kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return plain(self).clone()  # type: ignore[no-any-return]
+        return plain(self).clone()
 
     @property
     def axis(self) -> int:
@@ -142,7 +142,8 @@ def _refuse(culprit: PerExample, what: str, why: str = "") -> NoReturn:
 _CONSTANT = frozenset(
     "size dim ndimension numel nelement is_floating_point is_complex is_signed element_size itemsize stride "
     "is_contiguous get_device storage_offset data_ptr item tolist numpy __len__ __hash__ __repr__ __str__ __format__ "
-    "__bool__ __int__ __float__ __index__ __contains__ eq ne lt le gt ge isnan isinf isfinite isclose allclose equal argmax argmin argsort sign detach is_same_size "
+    "__bool__ __int__ __float__ __index__ __contains__ "
+    "eq ne lt le gt ge isnan isinf isfinite isclose allclose equal argmax argmin argsort sign detach is_same_size "
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor "
     "result_type can_cast is_tensor is_nonzero any all count_nonzero nonzero untyped_storage storage "
     "is_pinned is_shared is_inference broadcast_shapes is_storage register_hook".split()
@@ -208,8 +209,8 @@ def _in_place(func: Callable[..., Any]) -> bool:
 
 
 _KEEPS_ROWS = frozenset(  # of functions of one tensor: those that work on elements, or on what a row contains
-    "to float double half bfloat16 type type_as contiguous clone neg negative exp log sqrt rsqrt square abs sin cos tanh "
-    "sigmoid relu gelu silu elu selu mish softplus leaky_relu reciprocal erf".split()
+    "to float double half bfloat16 type type_as contiguous clone neg negative exp log sqrt rsqrt square abs sin cos "
+    "tanh sigmoid relu gelu silu elu selu mish softplus leaky_relu reciprocal erf".split()
 )
 _RESHAPES = frozenset("view reshape flatten unflatten".split())
 _NATIVE = frozenset("__len__ __hash__ register_hook size stride dim ndimension numel nelement".split())
@@ -297,7 +298,7 @@ class _Rule:
                 return PerExample(None, self.batch_dim, first.owner, rows=grown, make=self.map_later())
         elif rows is not None and sum(isinstance(value, PerExample) for value in flat) == 1:
             args, kwargs = self.replaced({id(first): rows})
-            if self.name in _KEEPS_ROWS or self.name in _ELEMENTWISE and self.narrow(flat, rows):
+            if self.name in _KEEPS_ROWS or (self.name in _ELEMENTWISE and self.narrow(flat, rows)):
                 result = self.func(*args, **kwargs)
                 return PerExample(None, self.batch_dim, first.owner, rows=result, make=self.map_later())
             if self.name in _RESHAPES and not self.batch_dim:
@@ -313,12 +314,12 @@ class _Rule:
 
     def replaced(self, by: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         flat, spec = tree_flatten((self.args, self.kwargs))
-        return tree_unflatten([by.get(id(value), plain(value)) for value in flat], spec)  # type: ignore[return-value]
+        return tree_unflatten([by.get(id(value), plain(value)) for value in flat], spec)
 
     def map_later(self) -> Callable[[], Tensor]:
         def make() -> Tensor:
             with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-                return self.mapped().copies  # type: ignore[no-any-return]
+                return self.mapped().copies
 
         return make
 
@@ -382,11 +383,11 @@ class _Rule:
             self.refuse("the batch dimension of the other operand does not come first")
         aligned = deciding or [carrier for carrier in carriers if carrier.dim() == dims]
         if not aligned:
-            return self.mapped()  # type: ignore[no-any-return]
+            return self.mapped()
         axis = _axis(aligned[0], self.batch_dim)
         fits = [value for value in flat if isinstance(value, PerExample)]
         if not deciding and any(v.dim() == dims and v.shape[axis] not in (1, self.batch) for v in fits):
-            return self.mapped()  # type: ignore[no-any-return]
+            return self.mapped()
         args, kwargs = self.replaced({id(value): self.align(value, dims, axis) for value in fits})
         if not deciding and _in_place(self.func):
             self.refuse("in place into a tensor without gradient, which may be no batch")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops._library import accumulate_dtype
 from ..moments.uses import Call
+from ..ops._library import accumulate_dtype
 from ._common import add_uses, autocast, call_of, one_use, ops
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -148,7 +148,7 @@ def _moments(
                 alone = [place == 1 + which for place in range(len(want))]
 
                 def grad(*one: Tensor | None, place: int = 1 + 2 * which, alone: list[bool] = alone) -> Tensor:
-                    return op(*one, *rest, alone)[place]  # type: ignore[no-any-return]
+                    return op(*one, *rest, alone)[place]
 
                 results[2 + 2 * which] = add_uses(call, which, results[2 + 2 * which], grad, *tensors)
     return results

@@ -111,7 +111,7 @@ def _replace(module: nn.Module, batchnorm: str | None) -> None:
     if served_by_kernel(module):
         module.__class__ = recipe_for(module)  # type: ignore[assignment]
     elif any(p is not None and p.requires_grad for p in module._parameters.values()):
-        module.__class__ = fallback_class(type(module))
+        module.__class__ = fallback_class(type(module))  # type: ignore[arg-type]
 
 
 def _as_group_norm(module: nn.modules.batchnorm._BatchNorm) -> None:
@@ -122,7 +122,7 @@ def _as_group_norm(module: nn.modules.batchnorm._BatchNorm) -> None:
     for name in ("num_features", "momentum", "track_running_stats", "process_group"):
         module.__dict__.pop(name, None)
     module.__class__ = nn.GroupNorm  # type: ignore[assignment]
-    module.num_groups, module.num_channels = groups_of(channels), channels
+    module.__dict__.update(num_groups=groups_of(channels), num_channels=channels)
 
 
 def _common_count(model: nn.Module) -> ExampleCount | None:

@@ -74,8 +74,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             return
     if module.training:
         raise TypeError(
-            f"{type(module).__name__}: its inputs hold no tensor whose dimension {dim} could be the batch; pass one, or "
-            f"call the model under px.no_moments()"
+            f"{type(module).__name__}: its inputs hold no tensor whose dimension {dim} could be the batch; pass one, "
+            f"or call the model under px.no_moments()"
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import autograd
 from .. import nn as px_nn
 from ..moments import MomentModule
+from ..nn.lookalikes import InputMajorLinear, RMSNormLookalike, eps_of
 
 __all__ = ["LAYERS", "recipe_for", "register"]
 
@@ -60,22 +61,21 @@ def register(module_class: type[nn.Module], recipe: type[MomentModule]) -> None:
         raise TypeError(f"px.register: module_class must be a subclass of torch.nn.Module, got {module_class!r}")
     if not (isinstance(recipe, type) and issubclass(recipe, MomentModule) and issubclass(recipe, module_class)):
         raise TypeError(
-            f"px.register: recipe must be a subclass of px.nn.MomentModule and of {module_class.__name__}, got {recipe!r}"
+            f"px.register: recipe must be a subclass of px.nn.MomentModule and of {module_class.__name__}, "
+            f"got {recipe!r}"
         )
     _registered[module_class] = recipe
 
 
 def recipe_for(module: nn.Module) -> type[MomentModule] | None:
     """The class that serves `module` by a kernel, or None. An instance of such a class is served by its own."""
-    stock = type(module)
+    stock: Any = type(module)
     if isinstance(module, MomentModule):
         return None if hasattr(stock, "_stock_class") else stock
-    found = _registered.get(stock) or LAYERS.get(stock) or _made.get(stock)
+    found = _registered.get(stock) or LAYERS.get(stock)
     if found is None:
-        base = _lookalike(module)
-        found = None if base is None else _subclass(base, stock)
-        if found is not None:
-            _made[stock] = found
+        base = _lookalike(module)  # asked of each module: what one computes may hang on how it was made
+        found = None if base is None else _made.setdefault(stock, _subclass(base, stock))
     return found
 
 
@@ -101,40 +101,6 @@ def _only(module: nn.Module, *names: str) -> bool:
     return own == set(names) and not module._modules and not module._buffers
 
 
-class _InputMajorLinear(MomentModule):
-    """A linear layer whose weight is (I, O), as GPT-2's Conv1D."""
-
-    _reusable = True
-    _batch_at = "any"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._tracking(x, 2, "weight", "bias"):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        return autograd.input_major_linear(
-            x, self.weight, self.bias, *self._leaves("weight", "bias"), self._axis(x, 2)
-        )
-
-
-class _RMSNorm(MomentModule):
-    """A norm by the root of the mean square, with a weight and nothing else."""
-
-    _reusable = True
-    _batch_at = "any"
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states
-        if not self._tracking(x, 2, "weight"):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        weight, width, axis = self.weight.to(dtype), self.weight.shape, self._axis(x, 2)
-        return autograd.rms_norm(x.to(dtype), weight, *self._leaves("weight"), width, _eps(self), axis)
-
-
-def _eps(module: nn.Module) -> float | None:
-    found = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
-    return next((value for value in found if isinstance(value, float)), None)
-
-
 def _lookalike(module: nn.Module) -> type[MomentModule] | None:
     """By its class' name and its parameters, and then by what it computes of a probe."""
     name = type(module).__name__
@@ -143,13 +109,18 @@ def _lookalike(module: nn.Module) -> type[MomentModule] | None:
         return None
     if name == "Conv1D" and weight.dim() == 2 and _only(module, "weight", "bias"):
         if _computes(module, weight.shape[0], lambda x, weight, bias: x @ weight + bias):
-            return _InputMajorLinear
-    eps = _eps(module)
-    if ("RMSNorm" in name or name == "T5LayerNorm") and weight.dim() == 1 and _only(module, "weight") and eps is not None:
+            return InputMajorLinear
+    eps = eps_of(module)
+    if (
+        ("RMSNorm" in name or name == "T5LayerNorm")
+        and weight.dim() == 1
+        and _only(module, "weight")
+        and eps is not None
+    ):
         if _computes(
             module, weight.shape[0], lambda x, weight: weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         ):
-            return _RMSNorm
+            return RMSNormLookalike
     return None
 
 

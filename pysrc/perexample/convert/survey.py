@@ -90,14 +90,17 @@ def _batch_norm(
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return Served(name, class_name, "refused", _LAZY)
     if batchnorm == "group":
-        return Served(name, class_name, "group norm", f"{groups_of(module.num_features)} groups; running statistics dropped")
+        return Served(
+            name, class_name, "group norm", f"{groups_of(module.num_features)} groups; running statistics dropped"
+        )
     if module.training or module.running_mean is None or not served_by_kernel(module):
         return Served(
             name,
             class_name,
             "refused",
-            "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its place, "
-            'which px.convert(model, batchnorm="group") does, or convert it in eval mode (its .eval()), which is served',
+            "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its "
+            'place, which px.convert(model, batchnorm="group") does, or a BatchNorm1d/2d/3d in eval mode '
+            "(its .eval()), which is served",
         )
     trainable = any(p.requires_grad for p in own.values())
     return Served(name, class_name, "kernel" if trainable else "frozen", "as long as it stays in eval mode")
@@ -110,6 +113,7 @@ def groups_of(channels: int) -> int:
     return max((g for g in range(1, 33) if channels % g == 0 and channels // g >= 2), default=1)
 
 
+_GROUPS = "{} groups; running statistics dropped"
 _LAZY = "its parameters have no shape yet; run one forward pass before converting"
 
 
@@ -138,16 +142,17 @@ def _refusal(module: nn.Module, own: dict[str, Tensor], examples: ExampleCount |
         return ""
     if isinstance(module, nn.RNNBase):
         return (
-            "a recurrent layer that keeps its weights in a list besides; build it from cells (torch.nn.LSTMCell, GRUCell, "
-            "RNNCell), or freeze its parameters (requires_grad_(False))"
+            "a recurrent layer that keeps its weights in a list besides; build it from cells (torch.nn.LSTMCell, "
+            "GRUCell, RNNCell), or freeze its parameters (requires_grad_(False))"
         )
     for attribute, value in module.__dict__.items():
         if attribute not in ("_parameters", "_modules", "_buffers", "_moments"):
-            parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else (value,)
+            held = list(value.values()) if isinstance(value, dict) else value
+            parts = held if isinstance(held, (list, tuple)) else (held,)
             if any(part is p for part in parts for p in trainable.values()):
                 return (
-                    f"keeps a parameter besides in its attribute '{attribute}', where its uses could not be seen; reach "
-                    f"it by its own name only"
+                    f"keeps a parameter besides in its attribute '{attribute}', where its uses could not be seen; "
+                    f"reach it by its own name only"
                 )
     return ""
 

@@ -142,7 +142,7 @@ class ExampleCount:
                 owner = moment.owner()  # spelled out: this runs for every parameter in every step
                 p = None if owner is None else owner._parameters.get(moment.parameter_name)
                 if len(moment.places) > 1:
-                    p = moment.parameter
+                    p = moment.parameter  # type: ignore[assignment]
                 grad = None if p is None else p.grad
                 if grad is None:
                     cleared.append(moment)
@@ -220,8 +220,8 @@ class ExampleCount:
         batches: set[int] = set().union(*self.backward.values())
         if len(batches) != 1:
             raise RuntimeError(
-                f"{who}: checkpointing repeats a forward pass of one of {sorted(batches)} examples, and which cannot be "
-                f"told; run the backward of each micro-batch by itself, or keep this module out of the checkpoint"
+                f"{who}: checkpointing repeats a forward pass of one of {sorted(batches)} examples, and which cannot "
+                f"be told; run the backward of each micro-batch by itself, or keep this module out of the checkpoint"
             )
         return next(iter(batches))
 

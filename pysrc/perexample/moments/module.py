@@ -23,8 +23,8 @@ class MomentModule(nn.Module):
     """Base of the layers: keeps a `Moment` for each of the module's own parameters.
 
     Comes before the stock class among the bases. A subclass's `forward` asks `_tracking(x, dims, *names)` whether to
-    record, and hands `_leaves(*names)` to its autograd Function. Where `_reusable` is set, the Function takes a `Call` in
-    the place of the leaf that counts uses, and its parameters may be used again in the same forward pass.
+    record, and hands `_leaves(*names)` to its autograd Function. Where `_reusable` is set, the Function takes a `Call`
+    in the place of the leaf that counts uses, and its parameters may be used again in the same forward pass.
 
     Attributes:
         batch_dim: which dimension of the input is the batch; 0, but 1 inside of a sequence-first module.
@@ -32,7 +32,7 @@ class MomentModule(nn.Module):
 
     _reusable = False
     # Where the layer takes the batch: "any" dimension before the features, always "first", or where it "says" itself
-    # (by `batch_dim`). None: it has only been thought through for the first, and is refused in models that say batch_dim.
+    # (by `batch_dim`). None: only as the first, and refused in models that were converted with another batch_dim.
     _batch_at: str | None = None
     batch_dim: int = 0
 
@@ -169,18 +169,19 @@ class MomentModule(nn.Module):
                 f"{tuple(x.shape)}; add the batch dimension, or use px.no_moments()"
             )
         batch = self._examples.batch
-        if self._batch_at is None and self._examples.batch_dim and "batch_dim" not in self.__dict__ and batch is not None:
+        elsewhere = self._examples.batch_dim and "batch_dim" not in self.__dict__
+        if self._batch_at is None and elsewhere and batch is not None:
             raise ValueError(
-                f"{self._label()} ({type(self).__name__}): is served with the batch as dimension 0 only, and the model was "
-                f"converted with batch_dim={self._examples.batch_dim}; freeze it, or run it under px.no_moments()"
+                f"{self._label()} ({type(self).__name__}): is served with the batch as dimension 0 only, and the model "
+                f"was converted with batch_dim={self._examples.batch_dim}; freeze it, or run it under px.no_moments()"
             )
         axis = self._axis(x, dims)
         if batch is not None and x.shape[axis] != batch:
             raise ValueError(
-                f"{self._label()} saw {x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch away, "
-                f"or the batch is not dimension {axis}; keep the batch as dimension {axis} up to this layer (extra "
-                f"dimensions are fine: (batch, positions, features)), pass px.convert(batch_dim=...) where the whole model "
-                f"has it elsewhere, or run this part under px.no_moments()"
+                f"{self._label()} saw {x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch "
+                f"away, or the batch is not dimension {axis}; keep the batch as dimension {axis} up to this layer "
+                f"(extra dimensions are fine: (batch, positions, features)), pass px.convert(batch_dim=...) where the "
+                f"whole model has it elsewhere, or run this part under px.no_moments()"
             )
 
     def _leaves(self, *names: str) -> list[Any]:
@@ -190,7 +191,9 @@ class MomentModule(nn.Module):
         leaves: list[Any] = []
         counter: Tensor | None = None
         compiling = torch.compiler.is_compiling()
-        call = [] if self._reusable and not compiling and self._examples.batch is not None else None
+        call: list[Uses | None] | None = (
+            [] if self._reusable and not compiling and self._examples.batch is not None else None
+        )
         for name in names:
             p = self._parameters.get(name)
             use = None
@@ -273,8 +276,8 @@ class MomentModule(nn.Module):
             )
         elif before != how:
             why = (
-                "one of them without second moments (in eval mode, or under px.no_moments()), so that its part would be "
-                "missing; make both alike, or that one under torch.no_grad()"
+                "one of them without second moments (in eval mode, or under px.no_moments()), so that its part would "
+                "be missing; make both alike, or that one under torch.no_grad()"
             )
         else:
             why = f"which {type(self).__name__} does not support; use a layer of its own for each call"

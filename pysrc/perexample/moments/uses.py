@@ -2,8 +2,8 @@
 
 In a forward pass of a converted model, in eager mode, each parameter has one `Uses`. Where it turns out to have been
 used once, nothing of this file runs in backward. Otherwise each use's backward hands in a *piece* of the second
-moment in place of a second moment: what is needed to form its per-example gradient ``G_b``. The leaf's hook runs when all
-uses that this backward pass reaches have done so, and contracts the pieces together::
+moment in place of a second moment: what is needed to form its per-example gradient ``G_b``. The leaf's hook runs when
+all uses that this backward pass reaches have done so, and contracts the pieces together::
 
     sum_b (sum_uses G_b)**2
 
@@ -186,8 +186,10 @@ class Uses:
     def _contract_examples(self, pieces: list[_Piece], like: Tensor) -> Tensor:
         total = torch.zeros_like(like, memory_format=torch.contiguous_format)
         for b in range(self.batch):
-            grad = sum(piece.example(b, like.shape, like.dtype) for piece in pieces)  # type: ignore[union-attr]
-            total += grad.square()  # type: ignore[union-attr]
+            grad = torch.zeros_like(total)
+            for piece in pieces:
+                grad += piece.example(b, like.shape, like.dtype)  # type: ignore[union-attr]
+            total += grad.square_()
         return total
 
 

@@ -72,8 +72,8 @@ class Embedding(MomentModule, nn.Embedding):
                 return super().forward(indices)
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{self._label()}: indices without a batch (batched=False) cannot be used inside of compiled code; compile "
-                f"the parts of the model without this layer"
+                f"{self._label()}: indices without a batch (batched=False) cannot be used inside of compiled code; "
+                f"compile the parts of the model without this layer"
             )
         copies = self._look_up(indices.expand(batch, *indices.shape))
         return copies[0] if batch == 1 else PerExample(copies, self._examples.batch_dim, self._label())

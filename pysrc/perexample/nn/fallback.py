@@ -81,7 +81,7 @@ class Fallback(MomentModule):
             uses.expanded = appearance(
                 p, moment.leaf, Call((uses,)), examples.batch, examples.batch_dim, f"{self._label()}.{name}"
             )
-        return uses.expanded  # type: ignore[no-any-return]
+        return uses.expanded
 
     def _again(self, name: str, p: Tensor, calls: list[dict[str, Tensor]] | None) -> Tensor:
         if calls and name in calls[-1]:
@@ -134,6 +134,7 @@ def _make(stock: type[nn.Module]) -> Any:
 @functools.cache
 def fallback_class(stock: type[nn.Module]) -> type[Fallback]:
     """The subclass of `stock` by which the fallback serves it."""
+
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls = self.__dict__.setdefault("_calls", [])
