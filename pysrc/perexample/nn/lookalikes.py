@@ -39,5 +39,6 @@ class RMSNormLookalike(MomentModule):
 
 
 def eps_of(module: nn.Module) -> float | None:
+    """The eps of a norm, by any of its usual names."""
     found = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
     return next((value for value in found if isinstance(value, float)), None)
