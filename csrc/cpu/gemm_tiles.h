@@ -9,8 +9,10 @@
 // s share the register file depends on T and on the number of registers:
 //   T = 1       s is itself a product, of the squares: they are packed behind the operands.
 //   resident    G, g and s all stay in registers: small tiles, no traffic.
-//   drained     G of one or two examples in registers, g and s in an L1 buffer: two for small T, so
-//               that the buffer is touched half as often, one and a taller tile for large T.
+//   paired      G of two examples in registers, g and s in an L1 buffer that is touched half as
+//               often: for small T.
+//   delayed     G of one example in registers, a taller tile, and the drain of the example before
+//               spread over its products: for larger T.
 //   single      G alone, for one example or part of it.
 #pragma once
 
@@ -47,9 +49,12 @@ PX_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #endif
 }
 
-// Makes GCC leave accumulators that live in memory there: in registers they would crowd out the
-// ones of the inner loop.
-PX_INLINE void keep_in_memory() { asm volatile("" ::: "memory"); }
+// Makes GCC leave a buffer of accumulators in memory: in registers they would crowd out the ones of
+// the inner loop.
+template <class T>
+PX_INLINE void keep_in_memory(T& buffer) {
+  asm volatile("" ::"r"(&buffer) : "memory");
+}
 
 // G (+)= d x for one position.
 template <class S, int MR, int NV, bool kFirst>
@@ -96,37 +101,92 @@ PX_INLINE void multiply_examples(Vec<S> (&G)[E][MR * NV], const S*& d, const S*&
   x += (E - 1) * T * kPanel<S>;
 }
 
-// out = sum over rows of d x.
+// Where a tile of MR x NV vectors goes: row m is at m * stride. Without `add` it is stored. A
+// single tile whose example has more pieces keeps G in `example` until the last of them.
+template <class S>
+struct TileOutput {
+  S *g, *s;
+  int64_t stride;
+  bool add;
+  S* example;
+  bool begin, end;
+};
+
+template <class S, int MR, int NV, class F>
+PX_INLINE void put(S* out, int64_t stride, bool add, const F& value) {
+  unroll<MR>([&](auto m) PX_LAMBDA {
+    unroll<NV>([&](auto n) PX_LAMBDA {
+      S* to = out + m * stride + n * lanes<S>;
+      Vec<S> v = value(std::integral_constant<int, m * NV + n>{});
+      store(to, add ? load(to) + v : v);
+    });
+  });
+}
+
+// g and s of a finished tile, through `sum(i)` and `square_sum(i)`.
+template <class S, int MR, int NV, class F, class H>
+PX_INLINE void put(const TileOutput<S>& out, const F& sum, const H& square_sum) {
+  if (out.add) {
+    put<S, MR, NV>(out.g, out.stride, true, sum);
+    put<S, MR, NV>(out.s, out.stride, true, square_sum);
+  } else {
+    put<S, MR, NV>(out.g, out.stride, false, sum);
+    put<S, MR, NV>(out.s, out.stride, false, square_sum);
+  }
+}
+
+// G = sum over rows of d x.
 template <class S, int MR, int NV>
-PX_INLINE void product_tile(const S* d, const S* x, int64_t rows, S* out) {
-  Vec<S> G[MR * NV];
+PX_INLINE void multiply_rows(Vec<S> (&G)[MR * NV], const S* d, const S* x, int64_t rows) {
   unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] = Vec<S>{}; });
   for (int64_t row = 0; row < rows; ++row) {
     multiply<S, MR, NV, false>(G, d, x);
     d += MR;
     x += kPanel<S>;
   }
-  unroll<MR * NV>([&](auto i) PX_LAMBDA { store(out + i * lanes<S>, G[i]); });
 }
 
-// The tiles below share one signature: `examples` examples of T positions; g and s are buffers of
-// MR x NV vectors.
+// The tiles below share one signature: `examples` examples of T positions.
 template <class S>
-using Tile = void (*)(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s);
+using Tile = void (*)(const S* d, const S* x, int64_t examples, int64_t T,
+                      const TileOutput<S>& out);
 
 template <class S, int MR, int NV>
-void single_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S*) {
-  product_tile<S, MR, NV>(d, x, examples * T, g);
+void single_tile(const S* d, const S* x, int64_t, int64_t T, const TileOutput<S>& out) {
+  Vec<S> G[MR * NV];
+  multiply_rows<S, MR, NV>(G, d, x, T);
+  if (!out.begin) {
+    unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] += load(out.example + i * lanes<S>); });
+  }
+  if (out.end) {
+    put<S, MR, NV>(
+        out, [&](auto i) PX_LAMBDA { return G[i]; }, [&](auto i) PX_LAMBDA { return G[i] * G[i]; });
+  } else {
+    unroll<MR * NV>([&](auto i) PX_LAMBDA { store(out.example + i * lanes<S>, G[i]); });
+  }
 }
 
 template <class S, int MR, int NV>
-void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t, S* g, S* s) {
-  product_tile<S, MR, NV>(d, x, examples, g);
-  product_tile<S, MR, NV>(d + examples * MR, x + examples * kPanel<S>, examples, s);
+void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t,
+                           const TileOutput<S>& out) {
+  auto product = [&](S* to) PX_LAMBDA {
+    Vec<S> G[MR * NV];
+    multiply_rows<S, MR, NV>(G, d, x, examples);
+    auto value = [&](auto i) PX_LAMBDA { return G[i]; };
+    if (out.add) {
+      put<S, MR, NV>(to, out.stride, true, value);
+    } else {
+      put<S, MR, NV>(to, out.stride, false, value);
+    }
+    d += examples * MR;
+    x += examples * kPanel<S>;
+  };
+  product(out.g);
+  product(out.s);
 }
 
 template <class S, int MR, int NV, int kUnroll, bool kExact>
-void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
+void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, const TileOutput<S>& out) {
   Vec<S> sum[MR * NV], square_sum[MR * NV];
   unroll<MR * NV>([&](auto i) PX_LAMBDA { sum[i] = square_sum[i] = Vec<S>{}; });
   for (int64_t b = 0; b < examples; ++b) {
@@ -137,41 +197,96 @@ void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S*
       square_sum[i] += G[0][i] * G[0][i];
     });
   }
-  unroll<MR * NV>([&](auto i) PX_LAMBDA {
-    store(g + i * lanes<S>, sum[i]);
-    store(s + i * lanes<S>, square_sum[i]);
-  });
+  put<S, MR, NV>(
+      out, [&](auto i) PX_LAMBDA { return sum[i]; },
+      [&](auto i) PX_LAMBDA { return square_sum[i]; });
 }
 
-template <class S, int MR, int NV, int kExamples, int kUnroll>
-void drained_tile(const S* d, const S* x, int64_t examples, int64_t T, S* g, S* s) {
-  unroll<MR * NV>([&](auto i) PX_LAMBDA {
-    store(g + i * lanes<S>, Vec<S>{});
-    store(s + i * lanes<S>, Vec<S>{});
+// Two examples at a time in registers, so that g and s are in memory half as often.
+template <class S, int MR, int NV, int kUnroll>
+void paired_tile(const S* d, const S* x, int64_t examples, int64_t T, const TileOutput<S>& out) {
+  constexpr int N = MR * NV, L = lanes<S>;
+  struct {
+    alignas(64) S g[N * L], s[N * L];
+  } sums;
+  S *const g = sums.g, *const s = sums.s;
+  unroll<N>([&](auto i) PX_LAMBDA {
+    store(g + i * L, Vec<S>{});
+    store(s + i * L, Vec<S>{});
   });
   auto add = [&](auto count) PX_LAMBDA {
     constexpr int E = decltype(count)::value;
-    keep_in_memory();
-    Vec<S> G[E][MR * NV];
+    keep_in_memory(sums);
+    Vec<S> G[E][N];
     multiply_examples<S, MR, NV, E, kUnroll, false>(G, d, x, T);
-    unroll<MR * NV>([&](auto i) PX_LAMBDA {
+    unroll<N>([&](auto i) PX_LAMBDA {
       Vec<S> sum = G[0][i];
-      Vec<S> square_sum = load(s + i * lanes<S>) + G[0][i] * G[0][i];
+      Vec<S> square_sum = load(s + i * L) + G[0][i] * G[0][i];
       if constexpr (E == 2) {
         sum += G[1][i];
         square_sum += G[1][i] * G[1][i];
       }
-      store(g + i * lanes<S>, load(g + i * lanes<S>) + sum);
-      store(s + i * lanes<S>, square_sum);
+      store(g + i * L, load(g + i * L) + sum);
+      store(s + i * L, square_sum);
     });
   };
   int64_t b = 0;
-  for (; b + kExamples <= examples; b += kExamples) {
-    add(std::integral_constant<int, kExamples>{});
+  for (; b + 2 <= examples; b += 2) add(std::integral_constant<int, 2>{});
+  if (b < examples) add(std::integral_constant<int, 1>{});
+  put<S, MR, NV>(
+      out, [&](auto i) PX_LAMBDA { return load(g + i * L); },
+      [&](auto i) PX_LAMBDA { return load(s + i * L); });
+}
+
+// The G of one example is put aside and added to g and s between the products of the next one: g
+// and s of a tile this size, written at once, would fill the store queue.
+template <class S, int MR, int NV, int kUnroll>
+void delayed_tile(const S* d, const S* x, int64_t examples, int64_t T, const TileOutput<S>& out) {
+  constexpr int N = MR * NV, L = lanes<S>;
+  struct {
+    alignas(64) S last[N * L], g[N * L], s[N * L];
+  } sums;
+  S *const last = sums.last, *const g = sums.g, *const s = sums.s;
+  auto example = [&](const auto& work) PX_LAMBDA {
+    Vec<S> G[N];
+    unroll<kUnroll>([&](auto t) PX_LAMBDA {
+      multiply<S, MR, NV, t == 0>(G, d + t * MR, x + t * kPanel<S>);
+      // Not at once: `last` has only just been stored.
+      constexpr int kWait = 2;
+      constexpr int begin = t < kWait ? 0 : N * (t - kWait) / (kUnroll - kWait);
+      constexpr int end = t < kWait ? 0 : N * (t - kWait + 1) / (kUnroll - kWait);
+      keep_in_memory(sums);
+      unroll<end - begin>([&](auto i) PX_LAMBDA { work(begin + i); });
+      keep_in_memory(sums);
+    });
+    d += kUnroll * MR;
+    x += kUnroll * kPanel<S>;
+    auto position = [&](auto) PX_LAMBDA {
+      multiply<S, MR, NV, false>(G, d, x);
+      d += MR;
+      x += kPanel<S>;
+    };
+    int64_t left = T - kUnroll;
+    for (; left >= kUnroll; left -= kUnroll) unroll<kUnroll>(position);
+    for (; left > 0; --left) position(0);
+    unroll<N>([&](auto i) PX_LAMBDA { store(last + i * L, G[i]); });
+  };
+  example([&](int i) PX_LAMBDA {
+    store(g + i * L, Vec<S>{});
+    store(s + i * L, Vec<S>{});
+  });
+  auto sum = [&](int i) PX_LAMBDA { return load(g + i * L) + load(last + i * L); };
+  auto square_sum = [&](int i) PX_LAMBDA {
+    Vec<S> G = load(last + i * L);
+    return load(s + i * L) + G * G;
+  };
+  for (int64_t b = 1; b < examples; ++b) {
+    example([&](int i) PX_LAMBDA {
+      store(s + i * L, square_sum(i));
+      store(g + i * L, sum(i));
+    });
   }
-  if constexpr (kExamples == 2) {
-    if (b < examples) add(std::integral_constant<int, 1>{});
-  }
+  put<S, MR, NV>(out, sum, square_sum);
 }
 
 // How one (B, T) is computed: the width of a D panel and the tile for 1 or 2 vectors of an X panel.
@@ -180,11 +295,11 @@ struct Scheme {
   int rows;
   Tile<S> tile[kPanelVectors];
   bool squares = false;  // the operands' squares are packed behind them
-  bool single = false;   // a tile holds one example, or part of it, and has no s
+  bool single = false;   // a tile holds one example, or part of it
 };
 
-// From here on a tile of one example has enough positions to go to memory with.
-inline constexpr int64_t kLongExample = 256;
+// Beyond this a tile of one example has enough positions to go to memory with.
+inline constexpr int64_t kLongExample = kManyRegisters ? 256 : 128;
 
 template <class S>
 Scheme<S> choose_scheme(int64_t B, int64_t T) {
@@ -212,12 +327,11 @@ Scheme<S> choose_scheme(int64_t B, int64_t T) {
     return {.rows = kLow,
             .tile = {resident_tile<S, kLow, 1, 4, false>, resident_tile<S, kLow, 2, 4, false>}};
   } else if (T < 8) {
-    return {.rows = 3, .tile = {drained_tile<S, 3, 1, 2, 4>, drained_tile<S, 3, 2, 2, 4>}};
-  } else if (T < 64) {
-    return {.rows = 3, .tile = {drained_tile<S, 3, 1, 2, 8>, drained_tile<S, 3, 2, 2, 8>}};
+    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 4>, paired_tile<S, 3, 2, 4>}};
+  } else if (T < 16) {
+    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 8>, paired_tile<S, 3, 2, 8>}};
   } else {
-    return {.rows = kTall,
-            .tile = {drained_tile<S, kTall, 1, 1, 8>, drained_tile<S, kTall, 2, 1, 8>}};
+    return {.rows = 5, .tile = {delayed_tile<S, 5, 1, 8>, delayed_tile<S, 5, 2, 8>}};
   }
 }
 
@@ -295,6 +409,23 @@ void pack(const Operand& a, const Rows& rows, int64_t column, int64_t columns,
   }
 }
 
+// Fetches some rows of an operand, to be packed later, into the cache.
+struct Fetch {
+  const char* data;  // position 0 of the example that is under way
+  int64_t stride_b, stride_t, bytes;
+  int64_t T, t, left;
+
+  PX_INLINE void rows(int64_t count) {
+    for (count = min(count, left), left -= count; count > 0; --count) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + t * stride_t + i, 0, 2);
+      if (++t == T) {
+        t = 0;
+        data += stride_b;
+      }
+    }
+  }
+};
+
 template <class S>
 using Pack = void (*)(const Operand&, const Rows&, int64_t column, int64_t columns, S* out);
 
@@ -309,6 +440,8 @@ Pack<Accumulator<In>> choose_row_pack(const Scheme<Accumulator<In>>& scheme) {
       return pack<In, 3, false>;
     case 4:
       return pack<In, 4, false>;
+    case 5:
+      return pack<In, 5, false>;
     default:
       return pack<In, kMaxTileRows, false>;
   }

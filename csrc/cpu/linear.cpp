@@ -21,8 +21,11 @@
 namespace perexample::cpu::PX_CAPABILITY {
 namespace {
 
-constexpr int64_t kGroup = 512;               // rows of packed operands, if T allows
-constexpr int64_t kPackedBytes = 3 << 19;     // at most, for the rows operand of one block
+// Rows of packed operands, if T allows: so many that a panel of the columns fits the L1 cache.
+constexpr int64_t kGroup = kManyRegisters ? 512 : 256;
+// At most, for the rows operand of one block: with less than many registers, what the L2 cache
+// holds.
+constexpr int64_t kPackedBytes = kManyRegisters ? 3 << 19 : 3 << 17;
 constexpr int64_t kStagedElements = 1 << 17;  // of a block that sums in scratch memory
 constexpr int64_t kPanelsAtOnce = 4;
 constexpr int64_t kSmallOutput = 1 << 14;  // elements below which examples are split
@@ -52,8 +55,9 @@ struct Problem {
   Operand rows, columns;
   Scheme<S> scheme;
   Pack<S> pack_rows, pack_columns;
-  int64_t group;      // examples packed at once
-  int64_t positions;  // of one example packed at once
+  int64_t input_size;  // bytes of an element
+  int64_t group;       // examples packed at once
+  int64_t positions;   // of one example packed at once
   void (*add_bias)(const Operand&, const Rows&, int64_t, int64_t, bool, S*, S*);
 };
 
@@ -125,30 +129,10 @@ PX_INLINE void finish_row(const S* from, bool first, int64_t width, S* to, int64
 template <class S>
 PX_INLINE void finish_tile(const S* g, const S* s, bool first, int64_t height, int64_t width,
                            int64_t tile_width, const Sums<S>& out) {
-  if (width == kPanel<S> && out.column_stride == 1) {
-    for (int64_t m = 0; m < height; ++m) {
-      finish_row(g + m * kPanel<S>, first, kPanel<S>, out.g + m * out.row_stride, 1);
-      finish_row(s + m * kPanel<S>, first, kPanel<S>, out.s + m * out.row_stride, 1);
-    }
-  } else {
-    for (int64_t m = 0; m < height; ++m) {
-      finish_row(g + m * tile_width, first, width, out.g + m * out.row_stride, out.column_stride);
-      finish_row(s + m * tile_width, first, width, out.s + m * out.row_stride, out.column_stride);
-    }
+  for (int64_t m = 0; m < height; ++m) {
+    finish_row(g + m * tile_width, first, width, out.g + m * out.row_stride, out.column_stride);
+    finish_row(s + m * tile_width, first, width, out.s + m * out.row_stride, out.column_stride);
   }
-}
-
-// A tile that holds positions of one example only: G passes through `example` until it is complete.
-// True if it is: then g and s are as from any other tile.
-template <class S>
-PX_INLINE bool complete_example(S* g, S* s, int64_t size, bool begin, bool end, S* example) {
-  for (int64_t i = 0; i < size; i += lanes<S>) {
-    Vec<S> G = load(g + i);
-    if (!begin) G += load(example + i);
-    store(end ? g + i : example + i, G);
-    if (end) store(s + i, G * G);
-  }
-  return end;
 }
 
 template <class S>
@@ -162,6 +146,21 @@ PX_INLINE void prefetch_tile(const Sums<S>& out, int64_t height) {
   }
 }
 
+// The columns' rows that will be packed next, if fetching them early is worth it.
+template <class S>
+PX_INLINE Fetch fetch_columns(const Problem<S>& p, const Rows& rows, int64_t n, int64_t columns) {
+  const Operand& a = p.columns;
+  if (columns <= 0 || a.stride_column != 1) return {};
+  const int64_t first = rows.b * a.stride_b + rows.t * a.stride_t + n;
+  return {.data = static_cast<const char*>(a.data) + first * p.input_size,
+          .stride_b = a.stride_b * p.input_size,
+          .stride_t = a.stride_t * p.input_size,
+          .bytes = columns * p.input_size,
+          .T = rows.positions,
+          .t = 0,
+          .left = rows.examples * rows.positions};
+}
+
 // The sums of one block.
 template <class S>
 void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
@@ -172,7 +171,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
   const int64_t max_rows = min(p.group, block.b1 - block.b0) * p.positions;
   const int64_t packed_rows_size = panels * MR * max_rows * copies;
   const int64_t packed_columns_size = min(kPanelsAtOnce, column_panels) * NR * max_rows * copies;
-  const int64_t examples_size = p.scheme.single ? panels * MR * column_panels * NR : 0;
+  const int64_t examples_size = p.positions < p.T ? panels * MR * column_panels * NR : 0;
   // Vectors never straddle the parts: kPanel<S> is a multiple of a cache line, or divides one.
   const int64_t columns_start = ceil_div(packed_rows_size, 64) * 64;
   S* packed_rows = static_cast<S*>(scratch(
@@ -181,6 +180,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
   S* packed_columns = packed_rows + columns_start;
   S* examples = packed_columns + packed_columns_size;
   alignas(64) S g[kMaxTileRows * kPanel<S>], s[kMaxTileRows * kPanel<S>];
+  Fetch fetch = {};
 
   for (int64_t b = block.b0; b < block.b1; b += p.group) {
     const bool first = b == block.b0;
@@ -200,24 +200,41 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
       for (int64_t n = 0; n < width; n += NR) {
         const int64_t tile_columns = min(NR, width - n);
         const int vectors = tile_columns > lanes<S> ? 2 : 1;
+        const int64_t tile_width = vectors * lanes<S>;
         const int64_t slot = n / NR % kPanelsAtOnce;
         if (slot == 0) {
-          p.pack_columns(p.columns, rows, block.n0 + n, min(kPanelsAtOnce * NR, width - n),
-                         packed_columns);
+          const int64_t strip = kPanelsAtOnce * NR;
+          p.pack_columns(p.columns, rows, block.n0 + n, min(strip, width - n), packed_columns);
+          fetch = fetch_columns(p, rows, block.n0 + n + strip, min(strip, width - n - strip));
         }
+        const int64_t fetched_at_once =
+            ceil_div(rows.examples * rows.positions, panels * kPanelsAtOnce);
         for (int64_t m = 0; m < height; m += MR) {
           const int64_t tile_rows = min(MR, height - m);
           const Sums<S> to = out.at(m, n);
-          if (!first) prefetch_tile(to, tile_rows);
+          const bool direct =
+              to.column_stride == 1 && tile_rows == MR && tile_columns == tile_width;
+          TileOutput<S> tile = {to.g,
+                                to.s,
+                                to.row_stride,
+                                !first,
+                                examples + m * column_panels * NR + n * MR,
+                                t == 0,
+                                t + rows.positions == p.T};
+          if (!direct) {
+            tile.g = g;
+            tile.s = s;
+            tile.stride = tile_width;
+            tile.add = false;
+          }
+          prefetch_tile(to, tile_rows);
+          fetch.rows(fetched_at_once);
           p.scheme.tile[vectors - 1](packed_rows + m * panel_rows,
                                      packed_columns + slot * NR * panel_rows, rows.examples,
-                                     rows.positions, g, s);
-          const int64_t tile_width = vectors * lanes<S>;
-          if (p.scheme.single &&
-              !complete_example(g, s, MR * tile_width, t == 0, t + rows.positions == p.T,
-                                examples + m * column_panels * NR + n * MR))
-            continue;
-          finish_tile(g, s, first, tile_rows, tile_columns, tile_width, to);
+                                     rows.positions, tile);
+          if (!direct && tile.end) {
+            finish_tile(g, s, first, tile_rows, tile_columns, tile_width, to);
+          }
         }
       }
     }
@@ -337,6 +354,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   Problem<S> p = {};
   p.B = a.B;
   p.T = a.T;
+  p.input_size = sizeof(In);
   p.scheme = choose_scheme<S>(a.B, a.T);
   p.swapped = a.I <= lanes<S> && a.O > kPanel<S>;
   p.M = p.swapped ? a.I : a.O;
