@@ -56,25 +56,12 @@ struct Constants {
   }
 };
 
-// The arrays of n elements, as A; null where the kind has no use for them.
-template <class A>
-struct Arrays {
-  A* param;
-  const A* grad;
-  const A* sum_grad_squared;
-  A* exp_avg;
-  A* exp_avg_sq;
-};
-
-// The step on n elements. Returns whether the guard flags one.
+// The step on n elements; arrays for which the kind has no use are null. Returns whether the guard
+// flags one. GCC believes __restrict of parameters only.
 template <class A, class K>
-bool update(const Constants<A>& c, int64_t n, const Arrays<A>& arrays) {
+bool update(const Constants<A>& c, int64_t n, A* __restrict param, const A* __restrict grad,
+            const A* __restrict sum_grad_squared, A* __restrict exp_avg, A* __restrict exp_avg_sq) {
   using Flag = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
-  A* __restrict param = arrays.param;
-  const A* __restrict grad = arrays.grad;
-  const A* __restrict sum_grad_squared = arrays.sum_grad_squared;
-  A* __restrict exp_avg = arrays.exp_avg;
-  A* __restrict exp_avg_sq = arrays.exp_avg_sq;
   Flag flagged = 0;
   for (int64_t i = 0; i < n; ++i) {
     A g = grad[i];
@@ -110,7 +97,7 @@ bool update(const Constants<A>& c, int64_t n, const Arrays<A>& arrays) {
 }
 
 template <class A>
-using Update = bool (*)(const Constants<A>&, int64_t, const Arrays<A>&);
+using Update = bool (*)(const Constants<A>&, int64_t, A*, const A*, const A*, A*, A*);
 
 template <class A, bool per_example>
 Update<A> squares_of(const Optimizer& o, bool average) {
@@ -216,18 +203,27 @@ void step_range(const Optimizer& o, const OptimizerTensor& t, int64_t begin, int
   alignas(64) A buffers[5][kBlock];
   for (int64_t i = begin; i < end; i += step) {
     int64_t n = min_of(step, end - i);
-    Arrays<A> arrays{staged(t.param_dtype, t.param, i, n, buffers[0]),
-                     staged(t.grad_dtype, t.grad, i, n, buffers[1]),
-                     staged(t.sum_dtype, t.sum_grad_squared, i, n, buffers[2]),
-                     staged(o.state_dtype, t.exp_avg, i, n, buffers[3]),
-                     staged(o.state_dtype, t.exp_avg_sq, i, n, buffers[4])};
-    flagged |= update(constants, n, arrays);
+    A* param = staged(t.param_dtype, t.param, i, n, buffers[0]);
+    const A* grad = staged(t.grad_dtype, t.grad, i, n, buffers[1]);
+    const A* sum = staged(t.sum_dtype, t.sum_grad_squared, i, n, buffers[2]);
+    A* exp_avg = staged(o.state_dtype, t.exp_avg, i, n, buffers[3]);
+    A* exp_avg_sq = staged(o.state_dtype, t.exp_avg_sq, i, n, buffers[4]);
+    flagged |= update(constants, n, param, grad, sum, exp_avg, exp_avg_sq);
     if (direct) break;
-    write_back(t.param_dtype, t.param, i, n, arrays.param);
-    write_state(o.state_dtype, t.exp_avg, i, n, arrays.exp_avg, t.seed, 0);
-    write_state(o.state_dtype, t.exp_avg_sq, i, n, arrays.exp_avg_sq, t.seed, 16);
+    write_back(t.param_dtype, t.param, i, n, param);
+    write_state(o.state_dtype, t.exp_avg, i, n, exp_avg, t.seed, 0);
+    write_state(o.state_dtype, t.exp_avg_sq, i, n, exp_avg_sq, t.seed, 16);
   }
   if (flagged && t.violation != nullptr) __atomic_store_n(t.violation, 1, __ATOMIC_RELAXED);
+}
+
+// The beginnings of what the next tensor, if small, is about to need: it may lie anywhere.
+PX_INLINE void prefetch(const OptimizerTensor& t) {
+  for (const void* array : {static_cast<const void*>(t.param), t.grad, t.sum_grad_squared}) {
+    for (int64_t line = 0; line < 4; ++line) {
+      __builtin_prefetch(static_cast<const char*>(array) + 64 * line);
+    }
+  }
 }
 
 }  // namespace
@@ -254,6 +250,7 @@ void optimizer_step(const Optimizer& o, const Parallel& parallel) {
       int64_t from = max_of(begin - start[i], 0);
       int64_t to = min_of(end - start[i], t.n);
       if (from >= to) continue;
+      if (i + 1 < o.count) prefetch(o.tensors[i + 1]);
       if (t.sum_dtype == DType::f64 || t.grad_dtype == DType::f64) {
         step_range<double>(o, t, from, to);
       } else {
