@@ -6,10 +6,10 @@ import argparse
 import sys
 import time
 
-from . import _gate, _kernels, _report, _timing, adam, conv, digits, embedding, linear, memory, norm, peers, step
+from . import _gate, _kernels, _report, _timing, conv, digits, embedding, linear, memory, norm, optimizer, peers, step
 from .models import workloads
 
-KERNELS = {"linear": linear, "conv": conv, "norm": norm, "embedding": embedding, "adam": adam}
+KERNELS = {"linear": linear, "conv": conv, "norm": norm, "embedding": embedding, "optimizer": optimizer}
 
 
 def gate(full: bool) -> None:

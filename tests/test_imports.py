@@ -21,10 +21,10 @@ LAYERS = [
     ["_triton"],
     ["moments", "autograd"],
     ["nn", "optim"],
-    ["convert"],
+    ["convert", "noise"],
     ["testing", "__main__", "__init__"],
 ]
-PUBLIC = {"perexample", "perexample.nn", "perexample.optim", "perexample.ops", "perexample.testing"}
+PUBLIC = {"perexample", "perexample.nn", "perexample.noise", "perexample.optim", "perexample.ops", "perexample.testing"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

@@ -135,38 +135,6 @@ struct GroupNorm {
   void *dw, *dw_sq, *db, *db_sq;
 };
 
-// MATHS (2), (11), (16)-(18). One parameter of a fused Adam step; all arrays contiguous, n
-// elements.
-struct AdamTensor {
-  int64_t n;
-  DType param_dtype, grad_dtype, state_dtype;  // state and sum_grad_squared: f32, or f64
-  void* param;
-  const void* grad;
-  const void* sum_grad_squared;  // null: the square of the mean gradient (per batch)
-  void* exp_avg;
-  void* exp_avg_sq;
-  double kappa_g, kappa_s;  // MATHS (11), from this parameter's own example count
-  int32_t* violation;       // set to 1 where grad^2 > B sum_grad_squared beyond rounding; null: off
-};
-
-// Shared by all parameters of the call:
-//   ghat = grad_scale grad;           s = square_scale sum_grad_squared   (or ghat^2)
-//   exp_avg    = (1 - kappa_g) exp_avg + kappa_g ghat
-//   exp_avg_sq = (1 - kappa_s) exp_avg_sq + kappa_s s
-//   param      = (1 - step_size weight_decay) param - step_size exp_avg / (sqrt(exp_avg_sq) + eps)
-// The guard flags a finite g = grad with
-//   max(|g| - guard_absolute, 0)^2 > (1 + guard_slack)^2 B (sum_grad_squared + B tiny),
-// tiny the smallest normal number of sum_grad_squared's dtype. All gradients of a call have one
-// dtype.
-struct Adam {
-  int64_t count;
-  const AdamTensor* tensors;
-  double batch_size;
-  double grad_scale, square_scale;  // grad_scale carries the sign of `maximize`
-  double step_size, weight_decay, eps;
-  double guard_slack, guard_absolute;  // what rounding explains
-};
-
 // MATHS (2), (9)-(19). One parameter of an optimizer's step; all arrays contiguous, n elements.
 struct OptimizerTensor {
   int64_t n;
@@ -213,7 +181,6 @@ struct Kernels {
   void (*embedding_moments)(const Embedding&, const Parallel&);
   void (*layer_norm_moments)(const LayerNorm&, const Parallel&);
   void (*group_norm_moments)(const GroupNorm&, const Parallel&);
-  void (*adam_step)(const Adam&, const Parallel&);
   void (*optimizer_step)(const Optimizer&, const Parallel&);
 };
 

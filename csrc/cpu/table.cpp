@@ -14,13 +14,13 @@ void reduce_moments(const Reduce&, const Parallel&);
 void embedding_moments(const Embedding&, const Parallel&);
 void layer_norm_moments(const LayerNorm&, const Parallel&);
 void group_norm_moments(const GroupNorm&, const Parallel&);
-void adam_step(const Adam&, const Parallel&);
 void optimizer_step(const Optimizer&, const Parallel&);
 
 extern const Kernels table;
 const Kernels table = {
-    PX_STRING(PX_CAPABILITY), linear_moments,     conv_moments,       bias_moments, reduce_moments,
-    embedding_moments,        layer_norm_moments, group_norm_moments, adam_step,    optimizer_step,
+    PX_STRING(PX_CAPABILITY), linear_moments,    conv_moments,       bias_moments,
+    reduce_moments,           embedding_moments, layer_norm_moments, group_norm_moments,
+    optimizer_step,
 };
 
 }  // namespace perexample::cpu::PX_CAPABILITY

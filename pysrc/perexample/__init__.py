@@ -2,11 +2,24 @@
 
 import torch as _torch  # noqa: F401  (the extension needs its libraries)
 
-from . import _extension, _triton, nn, ops, optim
+from . import _extension, _triton, nn, noise, ops, optim
 from .convert import ConversionTable, Served, convert, register
 from .moments import no_moments
+from .optim import clip_grad_norm_
 
-__all__ = ["ConversionTable", "Served", "__version__", "convert", "nn", "no_moments", "ops", "optim", "register"]
+__all__ = [
+    "ConversionTable",
+    "Served",
+    "__version__",
+    "clip_grad_norm_",
+    "convert",
+    "nn",
+    "no_moments",
+    "noise",
+    "ops",
+    "optim",
+    "register",
+]
 __version__ = "0.1.0"
 
 _extension.load()

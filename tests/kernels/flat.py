@@ -174,37 +174,6 @@ def batch_norm_moments(dy, x, mean, rstd, weight, output_mask=(True, True, True)
     return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [channels, 1], channels, 0.0, output_mask)
 
 
-def adam_step_(params, grads, sums, exp_avgs, exp_avg_sqs, examples_seen, violations, *, batch_size, lr, n_g, n_s,
-               eps, weight_decay, mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip
-    """Only what is contiguous, and one dtype of gradients: the launcher in csrc/bindings arranges the rest."""
-    batch = float(batch_size)
-    if batch == 0 or (found_inf is not None and float(found_inf) != 0):
-        return
-    inverse = 1.0 if grad_scale is None else 1 / float(grad_scale)
-    scalars = [batch, inverse / (1 if mean_reduction else batch) * (-1 if maximize else 1)]
-    scalars += [inverse**2 * (batch if mean_reduction else 1 / batch), batch * float(lr), weight_decay, eps]
-    slack = float(_guard_slack(grads[0].dtype, torch.tensor(batch), guard_rounds)) if grads else 0.0
-    absolute = _guard_absolute(grads[0].dtype, guard_rounds) if grads else 0.0
-    before = [t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)]
-    results = []
-    for threads, order in RUNS:
-        for t, old in zip((*params, *exp_avgs, *exp_avg_sqs, violations), before, strict=True):
-            t.copy_(old)
-        integers, pointers, reals = [len(params)], [], []
-        for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-            assert all(t.is_contiguous() for t in (p, g, m, v))
-            integers += [p.numel(), CODES[p.dtype], CODES[g.dtype], CODES[m.dtype]]
-            flag = violations.data_ptr() + 4 * i if sums and guard_rounds else None
-            arrays = (p, g, sums[i] if sums else None, m, v)
-            pointers += [*(None if t is None else t.data_ptr() for t in arrays), flag]
-            reals += [min(1.0, batch / min(float(examples_seen[i]) + batch, n)) for n in (n_g, n_s)]
-        call("adam_step_", integers, pointers, [*reals, *scalars, slack, absolute], threads, order)
-        results.append([t.clone() for t in (*params, *exp_avgs, *exp_avg_sqs, violations)])
-    for other in results[1:]:
-        assert same_bits(other, results[0]), "adam_step_: bits differ"
-    examples_seen += batch
-
-
 def optimizer_step_(params, grads, sums, exp_avg, exp_avg_sq, examples_seen, violations, *, batch_size, lr, n_g, n_s,
                     eps, weight_decay, centered, squared_denominator, lr_times_eps, correct_g, correct_s, power,
                     mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip

@@ -123,30 +123,13 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
                 p()};
     kernels.embedding_moments(a, parallel);
   } else if (is("layer_norm_moments")) {
-    LayerNorm a{n(), n(), n(), n() != 0, r(), type(), type(), p(), p(), p(), p(), {n(), n()}, {n(), n()},
-                p(), p(), p(), p(), p(), p()};
+    LayerNorm a{n(), n(),        n(),        n() != 0, r(), type(), type(), p(), p(), p(),
+                p(), {n(), n()}, {n(), n()}, p(),      p(), p(),    p(),    p(), p()};
     kernels.layer_norm_moments(a, parallel);
   } else if (is("group_norm_moments")) {
-    GroupNorm a{n(), n(), n(), n(), n() != 0, r(), type(), type(), p(), p(),
-                p(), p(), p(), p(), p(),      p(), p(),    p()};
+    GroupNorm a{n(), n(), n(), n(), n() != 0, r(), type(), type(), p(),
+                p(), p(), p(), p(), p(),      p(), p(),    p(),    p()};
     kernels.group_norm_moments(a, parallel);
-  } else if (is("adam_step_")) {
-    std::vector<AdamTensor> tensors(static_cast<size_t>(n()));
-    for (AdamTensor& t : tensors) {
-      t = {n(), type(), type(), type(), p(), p(),
-           p(), p(),    p(),    r(),    r(), static_cast<int32_t*>(p())};
-    }
-    Adam a{static_cast<int64_t>(tensors.size()),
-           tensors.data(),
-           r(),
-           r(),
-           r(),
-           r(),
-           r(),
-           r(),
-           r(),
-           r()};
-    kernels.adam_step(a, parallel);
   } else if (is("optimizer_step_")) {
     std::vector<OptimizerTensor> tensors(static_cast<size_t>(n()));
     for (OptimizerTensor& t : tensors) {

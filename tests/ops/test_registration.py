@@ -17,17 +17,6 @@ from perexample.ops import NAMESPACE, OPS
 from perexample.ops.optimizer import state_starts
 
 
-def adam(sizes, dtype=torch.float32, **changes):
-    tensors = [[torch.rand(size).to(dtype) for size in sizes] for _ in range(2)]
-    state = [[torch.rand(size) for size in sizes] for _ in range(3)]
-    scalars = dict(
-        batch_size=torch.tensor(4.0), lr=torch.tensor(1e-3), n_g=10.0, n_s=20.0, eps=1e-8, weight_decay=0.1,
-        mean_reduction=True, maximize=False, guard_rounds=1,
-    )  # fmt: skip
-    seen, violations = torch.zeros(len(sizes)).double(), torch.zeros(len(sizes)).int()
-    return (*tensors, *state, seen, violations), scalars | changes
-
-
 def optimizer(sizes, dtype=torch.float32, average=True, square=True, state=torch.float32, **changes):
     params, grads = ([torch.rand(size).to(dtype) for size in sizes] for _ in range(2))
     sums = [torch.rand(size) for size in sizes] if square else []
@@ -104,11 +93,6 @@ def samples(name, scale=1):
             ((rand(4 * s, 6, 40), rand(4 * s, 6, 40), rand(6), rand(6), rand(6), [True, True, True]), {}),
             ((rand(90 * s, 8, 1), rand(90 * s, 8, 1), rand(8), rand(8), None, [True, True, False]), {}),
             ((rand(2, 8, 3).half(), rand(2, 8, 3).half(), rand(8), rand(8), rand(8), [False, True, True]), {}),
-        ],
-        "adam_step_": lambda: [
-            adam([(700 * s,), (3, 5), ()]),
-            adam([(7000 * s,), (3, 5), (9000 * s,)], torch.bfloat16),
-            adam([(3,)] * (9 * s), maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
         ],
         "optimizer_step_": lambda: [
             optimizer([(700 * s,), (3, 5), ()]),

@@ -1,7 +1,6 @@
 """The ops: schema, reference (the dispatcher's default kernel), fake kernel and validated function of each."""
 
 from ._library import NAMESPACE, OPS
-from .adam import adam_step_
 from .conv import conv_moments
 from .embedding import embedding_moments
 from .linear import linear_moments
@@ -12,7 +11,6 @@ from .reduce import bias_moments, reduce_moments
 __all__ = [
     "NAMESPACE",
     "OPS",
-    "adam_step_",
     "batch_norm_moments",
     "bias_moments",
     "conv_moments",

@@ -1,4 +1,4 @@
-"""The optimizer's step against torch's fused AdamW. `python -m bench.adam`."""
+"""The optimizer's step against torch's fused AdamW. `python -m bench.optimizer`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import perexample as px
+from perexample.ops.optimizer import state_starts
 
 from . import _gate, _kernels
 from .models import GPT
@@ -23,7 +24,7 @@ class Parallel(nn.Module):
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([layer(x) for layer in self.layers]).sum(0)
@@ -53,7 +54,7 @@ def _programs(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
     gradients(model, x)
     gradients(converted, x)
     stock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ours = px.optim.Adam(converted.parameters(), lr=1e-5, n_g=10, n_s=1000)
+    ours = px.optim.AdamW(converted.parameters(), lr=1e-5, n_g=10, n_s=1000)
     return stock.step, ours.step, _bare(converted), converted
 
 
@@ -61,11 +62,11 @@ def _bare(model: nn.Module) -> Callable[[], Any]:
     params = list(model.parameters())
     detached = [p.detach() for p in params]
     grads, sums = [p.grad for p in params], [p.sum_grad_squared for p in params]
-    averages, squares = [torch.zeros_like(p) for p in detached], [torch.zeros_like(p) for p in detached]
+    averages = [torch.zeros(state_starts(params)[-1]) for _ in range(2)]
     seen, flags = torch.zeros(len(params), dtype=torch.float64), torch.zeros(len(params), dtype=torch.int32)
     batch, rate = torch.tensor(2.0, dtype=torch.float64), torch.tensor(1e-5, dtype=torch.float64)
-    rest = (batch, rate, 10.0, 1000.0, 1e-8, 0.0, True, False, 1, None, None)
-    return lambda: torch.ops.perexample.adam_step_(detached, grads, sums, averages, squares, seen, flags, *rest)
+    rest = (batch, rate, *_gate.ADAM)
+    return lambda: torch.ops.perexample.optimizer_step_(detached, grads, sums, *averages, seen, flags, *rest)
 
 
 def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, bare: bool) -> _kernels.Case:
@@ -74,7 +75,7 @@ def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, ba
         lambda: _programs(build(), x),
         lambda stock, ours, op, model: stock(),
         lambda stock, ours, op, model: ours(),
-        lambda stock, ours, op, model: _gate.adam_gate(),
+        lambda stock, ours, op, model: _gate.optimizer_gate(),
         reach,
         {"op alone": lambda stock, ours, op, model: op()} if bare else {},
     )
@@ -82,7 +83,7 @@ def _case(name: str, build: Callable[[], nn.Module], x: Tensor, reach: float, ba
 
 def cases(full: bool) -> list[_kernels.Case]:
     """Many tiny tensors, and GPT-2's parameters where memory allows."""
-    tiny = _case("2,000 tensors of 4 to 16", lambda: Parallel(1000, 4), torch.randn(2, 4), 0.1, bare=True)
+    tiny = _case("2,000 tensors of 64", lambda: Parallel(2000, 8), torch.randn(2, 8), 1.0, bare=True)
     middle = _case("5.8 M in 6 tensors", _three_layers, torch.randn(2, 784), 1.15, bare=full)
     large = _case("124 M in 148 tensors", GPT2, torch.randint(50257, (2, 4)), 1.15, bare=True)
     return [tiny, *([middle] if full else []), *([large] if _free_memory() > 10 << 30 else [])]
@@ -97,4 +98,4 @@ def _free_memory() -> int:
 
 
 if __name__ == "__main__":
-    _kernels.main("adam", TITLE, cases)
+    _kernels.main("optimizer", TITLE, cases)
