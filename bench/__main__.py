@@ -6,7 +6,22 @@ import argparse
 import sys
 import time
 
-from . import _gate, _kernels, _report, _timing, conv, digits, embedding, linear, memory, norm, optimizer, peers, step
+from . import (
+    _gate,
+    _kernels,
+    _report,
+    _timing,
+    conv,
+    digits,
+    embedding,
+    linear,
+    memory,
+    norm,
+    optimizer,
+    peers,
+    rules,
+    step,
+)
 from .models import workloads
 
 KERNELS = {"linear": linear, "conv": conv, "norm": norm, "embedding": embedding, "optimizer": optimizer}
@@ -44,6 +59,7 @@ def main() -> None:
         if full:
             peers.table(seconds=3.0)
         digits.table(full)
+        rules.table(full)
     except _gate.RedGate as red:
         sys.exit(f"RED, nothing is timed: {red}")
     print(f"\nResults are in bench/results/. Took {(time.perf_counter() - start) / 60:.1f} minutes.")

@@ -77,7 +77,7 @@ def test_kernels_for_64_byte_vectors_pass_the_tests_of_the_ops(wide_objects):
     objects = [str(path) for path in wide_objects.values()]
     subprocess.run([*CXX, "-shared", *objects, "-o", str(library), "-pthread"], check=True)
     # The launcher's own arrangements, which the stand-in for it does not know.
-    without = "not (test_optimizer and (memory_layout or expanded or mixed)"
+    without = "not (test_optimizer and (memory_layout or expanded or mixed))"
     assert " passed" in python("tests/kernels/flat.py", str(library), *PYTEST, "-k", f"({NUMERICAL}) and {without}")
 
 
