@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..moments import ExampleCount, Moment, moment_of
-from ..moments import _version as version_of
+from ..moments.count import version as version_of
 from ._options import check_bool, check_choice, check_number, check_rate, check_state_dtype
 from ._state import Block, Plan, state_dtype_of
 
@@ -90,7 +91,8 @@ class _Gathered:
                         last_uses = moment.uses
                         uses = None if last_uses is None else last_uses.grad
                         if uses is not None:
-                            self.uses.append(uses)
+                            # Beside uses in eager mode, these may have been in the same forward pass as well.
+                            self.uses.append(uses + math.inf if moment.eager else uses)
                             self.users.append(p)
             if second is None and per_example:
                 self.odd = True

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ..moments import _version, accumulate_dtype, moment_of
+from ..moments import accumulate_dtype, moment_of
+from ..moments.count import version
 from ._options import check_bool, check_number
 
 __all__ = ["clip_grad_norm_"]
@@ -71,5 +72,5 @@ def clip_grad_norm_(
             torch._foreach_mul_(members, scale.to(device))
     for p, moment in owners.items():
         if moment is not None and p.grad is not None:
-            moment.version = _version(p.grad)  # or a factor of 0 would pass for zero_grad(set_to_none=False)
+            moment.version = version(p.grad)  # or a factor of 0 would pass for zero_grad(set_to_none=False)
     return norm
