@@ -34,6 +34,13 @@ GROUP = 8
 # Elements of a program that adds up the parts of a batch.
 ADD_PARTS = 1024
 BIAS = Rows(outputs=128, elements=4096, warps=4, programs=4)
+# The affine part of a norm, and the elements of a row taken at once.
+NORM = Rows(outputs=64, elements=2048, warps=4, programs=4)
+NORM_ROW = 2048
+# Columns of a table's row taken at once.
+EMBEDDING = 256
+# Positions of one output and tap.
+DEPTHWISE = Rows(outputs=1, elements=1024, warps=4, programs=4)
 
 # Architectures: 80 also serves what is newer and has neither wgmma nor tcgen05 (8.x, 12.x).
 # Kernel: "descriptor" loads by TMA; "pointer" takes any strides; unaligned: rows that are no multiple of 16 elements.
@@ -82,4 +89,12 @@ LINEAR: dict[int, LinearTable] = {
         ("pointer", "half", 0): Tile(64, 128, 64, 8, 3, 1),
         **_LINEAR_FLOAT32,
     },
+}
+CONV: dict[int, dict[str, Tile]] = {
+    arch: {
+        "half": Tile(64, 64, 32, 4, 3, 2),
+        "float32": Tile(64, 32, 16, 4, 2, 2),
+        "tf32": Tile(64, 32, 32, 4, 2, 2),
+    }
+    for arch in (80, 90, 100)
 }

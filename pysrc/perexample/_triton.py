@@ -25,9 +25,14 @@ MODULES = {
     "linear_moments": "linear",
     "bias_moments": "reduce",
     "reduce_moments": "reduce",
+    "conv_moments": "conv",
+    "embedding_moments": "embedding",
+    "layer_norm_moments": "norm",
+    "rms_norm_moments": "norm",
+    "group_norm_moments": "norm",
 }
-# Their products run on tensor cores, which Triton does not use for float64: the reference takes it.
-NO_FLOAT64 = ("linear_moments",)
+# They compute in float32: the reference takes float64.
+NO_FLOAT64 = ("linear_moments", "conv_moments", "layer_norm_moments", "rms_norm_moments", "group_norm_moments")
 CHOICES = ("", "triton", "reference")
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

@@ -35,6 +35,17 @@ def samples():
             ((rand(3, 1, 5).bfloat16(), rand(3, 1, 3).bfloat16(), False), {"dtype": torch.float32}),
             ((rand(2, 3, 7).double(), rand(2, 3, 8).double(), True), {}),  # the reference's
         ],
+        "conv_moments": [
+            ((rand(2, 4, 6), rand(2, 3, 8), [3], [1], [0], [1], 1, True), {}),
+            ((rand(2, 4, 4, 4), rand(2, 4, 4, 4), [3, 3], [1, 1], [1, 1], [1, 1], 4, False, torch.float64), {}),
+        ],
+        "embedding_moments": [((rand(2, 3, 5), torch.randint(4, (2, 3)), 4), {})],
+        "layer_norm_moments": [
+            ((rand(2, 3, 8), rand(2, 3, 8), None, None, rand(8), 1e-5, [True, True, True]), {}),
+            ((rand(2, 3, 8).half(), rand(2, 3, 8).half(), None, None, rand(8), 1e-5, [False, True, False]), {}),
+        ],
+        "rms_norm_moments": [((rand(2, 3, 8), rand(2, 3, 8), None, None, 1e-5, [True, True]), {})],
+        "group_norm_moments": [((rand(2, 4, 5), rand(2, 4, 5), None, None, rand(4), 2, 1e-5, [True, True, True]), {})],
         "bias_moments": [((rand(3, 4, 5),), {}), ((rand(2, 3, 4).bfloat16(), torch.float32), {})],
         "reduce_moments": [((rand(4, 2, 9),), {}), ((rand(9),), {}), ((rand(2, 9).half(), torch.float64), {})],
     }
@@ -57,7 +68,7 @@ def test_opcheck_and_the_reference(name, index):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5, bias=False))
+        self.body = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 5, bias=False))
 
     def forward(self, x):
         return self.body(x)

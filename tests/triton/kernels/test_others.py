@@ -1,0 +1,199 @@
+"""The Triton kernels of norms, embedding, convolution and plain sums, against their references in float64."""
+
+import math
+
+import pytest
+import torch
+from launching import DEVICE, Launches, interpreted, launcher, pretend
+from opchecks import check_tensor, relaid, wide
+
+from perexample.ops import OPS
+from perexample.testing import CONV_CASES, EMBEDDING_CASES, NORM_CASES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def cast(arguments, dtype):
+    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def check(name, *arguments, **keywords):
+    """As good as the reference in the accumulation dtype, against the reference in float64."""
+    dtype = next(a.dtype for a in arguments if isinstance(a, torch.Tensor))
+    with Launches() as launches:
+        results = launcher(name)(*arguments, **keywords)
+    reference = OPS[name][0]
+    expected = reference(*cast(arguments, torch.float64), **keywords)
+    stock = reference(*cast(arguments, wide(dtype)), **keywords)
+    assert len(results) == len(expected)
+    for i, (actual, e, s) in enumerate(zip(results, expected, stock, strict=True)):
+        assert actual.shape == e.shape
+        check_tensor(actual, e.double(), s, actual.dtype, f"{name}, result {i}")
+    return launches
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(3, 5, 33), (4, 1, 130), (2, 70, 8), (5, 9, 1)], ids=str)
+@pytest.mark.parametrize("layout", [None, "stepped"])
+def test_bias_and_any_gradient(shape, dtype, layout):
+    dy = torch.randn(shape).to(dtype)
+    dy = dy if layout is None else relaid(dy, layout)
+    check("bias_moments", dy)
+    check("reduce_moments", dy)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (4,), (0,)], ids=str)
+def test_gradients_of_odd_shapes(shape):
+    check("reduce_moments", torch.randn(shape))
+    check("reduce_moments", torch.randn(shape).double())
+
+
+def norm_arguments(case, dtype):
+    """(name, dy, x, weight, further arguments) of a case."""
+    batch = case.shape[0]
+    if case.groups:
+        shape = (batch, case.shape[1], math.prod(case.shape[2:]))
+        return "group_norm_moments", *torch.randn(2, *shape).to(dtype), torch.randn(shape[1]), [case.groups, 1e-5]
+    width = math.prod(case.normalized)
+    shape = (batch, math.prod(case.shape[1 : len(case.shape) - len(case.normalized)]), width)
+    return "layer_norm_moments", *torch.randn(2, *shape).to(dtype), torch.randn(width), [1e-5]
+
+
+SMALL_NORMS = [case for case in NORM_CASES if case.shape[0] and math.prod(case.shape) < 1500]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", SMALL_NORMS, ids=str)
+def test_norms(case, dtype):
+    name, dy, x, weight, further = norm_arguments(case, dtype)
+    check(name, dy, x, None, None, weight, *further, [True, True, case.bias])
+    if name == "layer_norm_moments":
+        check("rms_norm_moments", dy, x, None, weight, 1e-5, [True, True])
+
+
+@pytest.mark.parametrize("case", [SMALL_NORMS[1], SMALL_NORMS[-2]], ids=str)
+@pytest.mark.parametrize("mask", [[True, False, False], [False, True, False], [False, False, True]], ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "stepped"])
+def test_norms_with_statistics_and_without_weight(case, mask, layout):
+    name, dy, x, weight, further = norm_arguments(case, torch.float32)
+    dy = relaid(dy, layout)
+    rows = x if name == "layer_norm_moments" else x.reshape(x.shape[0], further[0], -1)
+    mean, rstd = rows.mean(2), (rows.var(2, correction=0) + 1e-5).rsqrt()
+    check(name, dy, relaid(x, layout), mean, rstd, None, *further, mask)
+    check(name, dy, x, None, None, weight, *further, mask)
+    if name == "layer_norm_moments":
+        check("rms_norm_moments", dy, x, (x.square().mean(2) + 1e-5).rsqrt(), None, 1e-5, mask[:2])
+
+
+@pytest.mark.parametrize("name", ["layer_norm_moments", "group_norm_moments"])
+def test_norms_without_examples(name):
+    empty, further = torch.empty(0, 4, 6), [2] if name == "group_norm_moments" else []
+    results = launcher(name)(empty, empty, None, None, torch.ones(4 if further else 6), *further, 1e-5, [True] * 3)
+    assert results[0].shape == (0, 4, 6)
+    assert all(not r.any() for r in results[1:])
+
+
+@every_dtype
+@pytest.mark.parametrize("case", EMBEDDING_CASES, ids=str)
+def test_embedding(case, dtype):
+    if case.rows > 50 and DEVICE == "cpu" and dtype != torch.float32:
+        pytest.skip("one program for every row of the table")
+    indices = torch.randint(case.rows, (case.batch, math.prod(case.positions)))
+    padding = -1 if case.padding_idx is None else case.padding_idx % case.rows
+    dy = torch.randn(*indices.shape, case.width).to(dtype)
+    check("embedding_moments", dy, indices, case.rows, padding)
+    check("embedding_moments", relaid(dy, "transposed"), indices.int(), case.rows, padding, torch.float64)
+
+
+def test_wide_embedding_and_float64():
+    check("embedding_moments", torch.randn(3, 4, 300).double(), torch.randint(2, (3, 4)), 2)
+
+
+def test_embedding_adds_within_an_example_before_and_between_examples_after_squaring():
+    dy = torch.tensor([1.0, 2.0]).repeat(2, 1).unsqueeze(2)
+    op = launcher("embedding_moments")
+    within = op(dy, torch.tensor([[0, 0], [1, 1]]), 3)
+    assert [m.flatten().tolist() for m in within] == [[3, 3, 0], [9, 9, 0]]
+    between = op(dy, torch.tensor([[0, 1], [0, 1]]), 3)
+    assert [m.flatten().tolist() for m in between] == [[2, 4, 0], [2, 8, 0]]
+
+
+def conv_arguments(case, dtype):
+    def each(value):
+        return [value] * case.spatial if isinstance(value, int) else list(value)
+
+    kernel, given = each(case.kernel_size), case.arguments
+    stride, padding, dilation = (each(given.get(n, d)) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    out = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(case.size, kernel, stride, padding, dilation, strict=True)
+    ]
+    x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
+    dy = torch.randn(case.batch, case.outputs, *out).to(dtype)
+    return dy, x, kernel, stride, padding, dilation, given.get("groups", 1), given.get("bias", True)
+
+
+CONVS = [
+    case
+    for case in CONV_CASES
+    if not isinstance(case.arguments.get("padding", 0), str) and "padding_mode" not in case.arguments
+]
+
+
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_convolution(case):
+    launches = check("conv_moments", *conv_arguments(case, torch.float32))
+    depthwise = case.arguments.get("groups", 1) == case.channels
+    assert case.batch == 0 or ("_depthwise" if depthwise else "_implicit_gemm") in launches.names
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [c for c in CONVS if c.batch in (2, 3) and max(c.size) < 9], ids=str)
+def test_convolution_in_half_precision_and_channels_last(case, dtype):
+    dy, x, *further = conv_arguments(case, dtype)
+    check("conv_moments", dy.movedim(1, -1).contiguous().movedim(-1, 1), x, *further)
+    if case.channels > 4:
+        check("conv_moments", dy, x.movedim(1, -1).contiguous().movedim(-1, 1), *further, torch.float32)
+
+
+@interpreted
+def test_parts_of_the_batch_add_up():
+    with pretend(90, processors=40):
+        x = torch.randn(2, 7, 12, 6)
+        for launches in (
+            check("layer_norm_moments", *x, None, None, torch.randn(6), 1e-5, [True] * 3),
+            check("group_norm_moments", *x, None, None, torch.randn(12), 3, 1e-5, [True] * 3),
+            check("conv_moments", x[0], x[1], [1], [1], [0], [1], 1, True),
+            check("conv_moments", x[0], x[1], [1], [1], [0], [1], 12, False),
+            check("bias_moments", x[0]),
+        ):
+            assert "_add_parts" in launches.names
+
+
+def test_wrong_arguments_raise():
+    ones, zeros = torch.ones(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
+    for name, arguments, message in (
+        ("bias_moments", (ones[0],), "dy must be of shape"),
+        ("layer_norm_moments", (ones, ones[:1], None, None, None, 1e-5, [True] * 3), "x must be"),
+        ("layer_norm_moments", (ones, ones, None, None, ones[0, 0, :5], 1e-5, [True] * 3), "weight must be"),
+        ("layer_norm_moments", (ones, ones, ones[0], ones[0], None, 1e-5, [True] * 3), "mean must be"),
+        ("group_norm_moments", (ones, ones, None, None, None, 3, 1e-5, [True] * 3), "groups must divide C=4"),
+        ("rms_norm_moments", (ones.double(), ones.double(), None, None, 1e-5, [True] * 2), "float64 is not supported"),
+        ("embedding_moments", (ones, zeros[:, :3], 5), "indices must be"),
+        ("embedding_moments", (ones, zeros.float(), 5), "indices must be"),
+        ("conv_moments", (ones, ones, [3], [1], [0], [1], 1, True), "dy must be"),
+        ("conv_moments", (ones, ones, [1], [0], [0], [1], 1, True), "stride must be"),
+        ("conv_moments", (ones, ones, [1], [1], [0], [1], 3, True), "groups must divide"),
+        ("conv_moments", (ones, ones[0], [1], [1], [0], [1], 1, True), "dy and x must be"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+            launcher(name)(*arguments)
