@@ -125,8 +125,6 @@ class ExampleCount:
 
     def _end_round(self) -> None:
         self._in_round = False
-        self.backward = {}
-        self.unfinished = []
         if self.rooted and self.touched and not self.counted:
             self.uncounted = self.touched
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import warnings
 from typing import Any
 
@@ -152,28 +151,11 @@ def fallback_class(stock: type[nn.Module]) -> type[Fallback]:
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
             "_stock_class": stock,
-            # Which parameter meets what is looked at as it happens, so torch.compile has to leave this out.
-            "forward": _eager(forward),
+            # Which parameter meets what is looked at as it happens: torch.compile leaves this out (a graph break).
+            "forward": torch.compiler.disable(forward),
         },
     )
     return made
-
-
-def _eager(forward: Any) -> Any:
-    """`forward`, left out by torch.compile (a graph break), without importing all of it where nobody compiles."""
-
-    @functools.wraps(forward)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:
-            return _disabled(forward)(self, *args, **kwargs)
-        return forward(self, *args, **kwargs)
-
-    return call
-
-
-@functools.cache
-def _disabled(forward: Any) -> Any:
-    return torch.compiler.disable(forward)
 
 
 def follow_copies(module: nn.Module) -> None:

@@ -1,0 +1,343 @@
+"""Modules without a kernel: served exactly by one copy of the parameter per example, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import adam, backward, randn, weighted_sum
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+import perexample as px
+from perexample.testing import assert_moments, oracle
+
+
+class Own(nn.Module):
+    """Parameters of the given shapes, a layer beside them, and whatever `compute(self, x, *parameters)` does."""
+
+    def __init__(self, compute, *shapes):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.fc, self.compute, self.n = nn.Linear(3, 3), compute, len(shapes)
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator)))
+        self.register_buffer("index", torch.randint(0, 9, (5, 5), generator=generator))
+
+    def forward(self, x):
+        return self.compute(self, self.fc(x), *(getattr(self, f"p{i}") for i in range(self.n)))
+
+
+def set_item(net, x, p):
+    x = x * 1
+    x[:, 0] = p
+    x[x.detach()[..., 0] > 1] = p
+    return x
+
+
+def in_place(net, x, p):
+    return x.mul(2).add_(p).mul_(p.sigmoid())
+
+
+def mask_token(net, x, p):
+    mask = (x.detach()[..., :1] > 0).to(x.dtype)
+    return x * (1 - mask) + p.expand(len(x), x.shape[1], -1) * mask
+
+
+def queries(net, x, p):
+    q = net.fc(p).expand(len(x), -1, -1)
+    return (q @ x.transpose(1, 2)).softmax(-1) @ x
+
+
+# x is (B, 5, 3) and comes out of a layer.
+CASES = {
+    "cls and positions": (lambda n, x, c, p: torch.cat([c.expand(len(x), -1, -1), x], 1) + p, (1, 1, 3), (1, 6, 3)),
+    "cls repeated": (lambda n, x, c: torch.cat([c.repeat(len(x), 1, 1), x], 1), (1, 1, 3)),
+    "layer scale": (lambda n, x, g: x + g * x.sin(), (3,)),
+    "layer scale by hand": (lambda n, x, g: x + g.view(1, 1, 3).exp() * x.sin(), (3,)),
+    "positions without batch": (lambda n, x, p: x + p[: x.shape[1]], (7, 3)),
+    "temperature": (lambda n, x, t: x / t.exp().clamp(max=100), ()),
+    "linear": (lambda n, x, w, b: F.linear(x, w, b), (2, 3), (2,)),
+    "low rank": (lambda n, x, a, b: x @ (a @ b), (3, 2), (2, 4)),
+    "used twice": (lambda n, x, w: (x @ w).tanh() @ w.t(), (3, 4)),
+    "einsum": (lambda n, x, w: torch.einsum("bti,oi->bto", x, w), (2, 3)),
+    "softmax mix": (lambda n, x, a: x * a.softmax(0)[0] + x.sin() * a.softmax(0)[1], (2,)),
+    "chunks": (lambda n, x, a: (lambda s, t: x * s + t)(*a.chunk(2, -1)), (6,)),
+    "relative positions": (
+        lambda n, x, t: (x @ x.transpose(1, 2) + t[n.index].permute(2, 0, 1)[0]).softmax(-1) @ x,
+        (9, 2),
+    ),
+    "attention bias": (
+        lambda n, x, t: F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=t)[:, 0],
+        (1, 1, 5, 5),
+    ),
+    "where": (lambda n, x, p: torch.where(x.detach()[..., :1] > 0, p, x), (3,)),
+    "set item": (set_item, (3,)),
+    "in place": (in_place, (3,)),
+    "mask token": (mask_token, (1, 1, 3)),
+    "learned queries": (queries, (1, 2, 3)),
+    "a constant of as many rows as the batch": (
+        lambda n, x, p: x + torch.arange(5.0, dtype=x.dtype)[:, None] * p,
+        (3,),
+    ),
+    "row expanded to as many rows as the batch": (lambda n, x, p: x + p.expand(5, 3), (1, 3)),
+    "dropout of the parameter": (lambda n, x, p: x * F.dropout(p, 0.0), (3,)),
+    "control flow": (lambda n, x, p: x * p if float(p.detach().sum()) > 0 else x - p, (3,)),
+    "statistics": (lambda n, x, p: x * (p - p.mean()) / (p.var() + 1), (3,)),
+    "checkpoint": (lambda n, x, p: checkpoint(lambda h: (h * p).sin() * n.p0, x, use_reentrant=False), (3,)),
+}
+
+
+def check(model, x, y=None):
+    y = randn(*model(x).shape, seed=1) if y is None else y
+    expected = oracle(model, weighted_sum, x, y, reduction="sum")
+    model.zero_grad()
+    weighted_sum(model(x), y).backward()
+    assert_moments(model, expected)
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_what_a_module_does_with_its_parameters(which):
+    compute, *shapes = CASES[which]
+    model = px.convert(Own(compute, *shapes).double())
+    for batch in (4, 5, 3, 2, 1):  # also as many as there are positions, or features
+        check(model, randn(batch, 5, 3))
+
+
+def test_no_examples():
+    model = px.convert(Own(*CASES["cls and positions"]).double())
+    weighted_sum(model(randn(0, 5, 3)), randn(0, 6, 3)).backward()
+    assert all(p.sum_grad_squared is None or not p.sum_grad_squared.any() for p in model.parameters())
+
+
+REFUSED = {
+    "sum over the batch": (lambda n, x, p: torch.cat([x, p[None, None].expand(1, 5, 3)], 0), "'cat'"),
+    "folded": (lambda n, x, p: x.flatten(0, 1) * p, "in a batch of 4|where the batch has 4 examples"),
+    "unknown": (lambda n, x, p: torch.kron(x, p), "'kron'"),
+    "autograd function": (lambda n, x, p: Times.apply(x, p), "an autograd Function"),
+    "another layer's weight": (lambda n, x, p: (x * p) + p @ n.fc.weight, "a parameter read from another layer"),
+    "batch second": (lambda n, x, p: x.transpose(0, 1) * p, "where the batch has 4 examples"),
+}
+
+
+class Times(torch.autograd.Function):
+    """A product that torch functions do not see."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.save_for_backward(x, p)
+        return x * p
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, p = ctx.saved_tensors
+        return grad * p, (grad * x).sum((0, 1))
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_what_has_no_rule_is_refused_by_name(which):
+    compute, message = REFUSED[which]
+    model = px.convert(Own(compute, (3,)).double())
+    with pytest.raises(ValueError, match=rf"^Own\.p0: no way is known to give each example .*({message})"):
+        model(randn(4, 5, 3)).sum().backward()
+
+
+def lora(layer):
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, weight):
+            return weight + self.a @ self.b
+
+    parametrize.register_parametrization(layer, "weight", Lora())
+    return layer
+
+
+COMPUTED = {
+    "weight_norm, old": nn.utils.weight_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "lora": lora,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", COMPUTED)
+def test_computed_weights(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), COMPUTED[wrap](nn.Linear(3, 3))).double()
+    if wrap == "spectral_norm":
+        model[2].parametrizations.weight[0].eval()  # its power iteration would move on between two passes
+    px.convert(model)
+    x, y = randn(4, 3), randn(4, 3, seed=1)
+    with px.no_moments():  # a loop by hand: modules that hold a computed tensor cannot be copied
+        expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for b in range(4):
+            model.zero_grad()
+            weighted_sum(model(x[b : b + 1]), y[b : b + 1]).backward()
+            for name, p in model.named_parameters():
+                expected[name] += p.grad.square()
+    model.zero_grad()
+    weighted_sum(model(x), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.sum_grad_squared, expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_over_unequal_micro_batches(reentrant):
+    class Net(nn.Module):
+        def __init__(self, repeat=True):
+            super().__init__()
+            torch.manual_seed(0)
+            self.own, self.repeat = Own(CASES["layer scale"][0], (3,)), repeat
+
+        def forward(self, x):
+            return checkpoint(self.own, x, use_reentrant=reentrant) if self.repeat else self.own(x)
+
+    model = px.convert(Net().double())
+    x, y = randn(6, 5, 3), randn(6, 5, 3, seed=1)
+    expected = oracle(Net(False), weighted_sum, x, y, reduction="sum")
+    for rows in (slice(0, 1), slice(1, 6)):
+        weighted_sum(model(x[rows].requires_grad_()), y[rows]).backward()
+    assert_moments(model, expected)
+    losses = [weighted_sum(model(x[rows].requires_grad_()), y[rows]) for rows in (slice(0, 1), slice(1, 6))]
+    with pytest.raises(RuntimeError, match=r"checkpointing repeats a forward pass of one of \[1, 5\] examples"):
+        sum(losses).backward()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(how):
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), nn.PReLU(), Scale()).double())
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    for net in (model, twin):
+        check(net, randn(4, 3))
+    assert type(twin[2]).__name__ == "Scale" and isinstance(twin[2], Scale)
+
+
+class Scale(nn.Module):
+    """A scale for each feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(1, 2, 3))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_a_part_called_by_itself_is_noticed_by_the_step():
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
+    opt = adam(model)
+    model[1](model(randn(4, 3))).sum().backward()
+    with pytest.raises(RuntimeError, match="outside of the converted model as well as inside"):
+        opt.step()
+
+
+def test_eval_and_no_moments_leave_parameters_as_they_are():
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
+    assert type(model[1].weight) is nn.Parameter
+    for context in (px.no_moments(), torch.no_grad()):
+        with context:
+            assert type(model(randn(2, 3))) is torch.Tensor
+    model.eval()
+    model(randn(2, 3)).sum().backward()
+    assert model[1].weight.sum_grad_squared is None
+
+
+def test_large_copies_are_announced_once(monkeypatch):
+    monkeypatch.setattr(px.nn.fallback, "_LARGE", 64)
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
+    with pytest.warns(
+        UserWarning, match=r"^1\.weight: the exact fallback keeps one gradient per example.*0 MB for 4 ex"
+    ):
+        model(randn(4, 3))
+    model(randn(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_around_the_fallback():
+    torch.compiler.reset()
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale(), nn.Linear(3, 2)).double())
+    x, y = randn(4, 3), randn(4, 2, seed=1)
+    expected = oracle(model, weighted_sum, x, y, reduction="sum")
+    backward(torch.compile(model, backend="aot_eager"), x, target=y, loss_fn=weighted_sum)
+    assert_moments(model, expected)
+
+
+class TestBatchNorm:
+    """Refused, replaced, or in eval mode served."""
+
+    def test_group_norm_in_its_place(self):
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.BatchNorm1d(54, affine=False)
+        )
+        weight = model[1].weight
+        assert [str(row) for row in px.convert(model, dry_run=True, batchnorm="group")][1:] == [
+            "1 (BatchNorm2d): 3 groups; running statistics dropped",
+            "3 (BatchNorm1d): 27 groups; running statistics dropped",
+        ]
+        px.convert(model.double(), batchnorm="group")
+        assert isinstance(model[1], nn.GroupNorm) and model[1].weight is weight
+        assert set(model.state_dict()) == {"0.weight", "1.weight", "1.bias"}
+        check(model, randn(3, 3, 5, 5))
+
+
+@pytest.mark.parametrize("batch", [4, 5, 1])
+def test_sequence_first_models(batch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.place = nn.Embedding(9, 3), nn.Embedding(5, 3)
+            self.fc, self.ln, self.own, self.head = nn.Linear(3, 3), nn.LayerNorm(3), Scale(), nn.Linear(3, 2)
+
+        def forward(self, tokens):
+            h = self.token(tokens) + self.place(torch.arange(5)[:, None])
+            return self.head(self.own(self.ln(self.fc(h).tanh()))[0])
+
+    torch.manual_seed(0)
+    model = px.convert(Net().double(), batch_dim=1)
+    tokens, y = torch.randint(0, 9, (5, batch)), randn(batch, 2)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with px.no_moments():
+        for b in range(batch):
+            model.zero_grad()
+            weighted_sum(model(tokens[:, b : b + 1]), y[b : b + 1]).backward()
+            for name, p in model.named_parameters():
+                expected[name] += p.grad.square()
+    model.zero_grad()
+    weighted_sum(model(tokens), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.sum_grad_squared, expected[name])
+    assert model._examples.total.item() == batch
+
+
+def test_a_recipe_for_a_class_of_ones_own():
+    class Project(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    class MomentProject(px.nn.MomentModule, Project):
+        def forward(self, x):
+            if not self._tracking(x, 2, "weight"):
+                return super().forward(x)
+            return px.autograd.linear(x, self.weight, None, *self._leaves("weight", "bias"))
+
+    assert px.convert(Project(), dry_run=True)[0].how == "exact fallback"
+    px.register(Project, MomentProject)
+    model = px.convert(Project().double())
+    assert type(model) is MomentProject
+    check(model, randn(4, 3))
+    for arguments in ((Project, Project), (Project, px.nn.Linear), (3, MomentProject)):
+        with pytest.raises(TypeError, match=r"^px\.register: "):
+            px.register(*arguments)
