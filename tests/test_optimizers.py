@@ -475,3 +475,18 @@ def test_sparse_gradients_and_complex_parameters_are_refused(kind):
         opt.step(batch_size=1)
     with raises(TypeError, f"{kind}: parameter 0 of its group is complex; only real parameters are supported"):
         make(kind, [nn.Parameter(torch.zeros(2, dtype=torch.complex64))], **options)
+
+
+@pytest.mark.parametrize("zeros", [lambda p: p.grad.zero_(), lambda p: setattr(p, "grad", torch.zeros_like(p))])
+def test_a_step_on_gradients_cleared_in_place_touches_no_state(zeros):
+    """Second moments of gradients that are gone enter no average, also where nothing came in their place."""
+    model = px.convert(mlp(torch.float64))
+    opt = make("Adam", model.parameters())
+    train_step(model, opt, X[:16], Y[:16])
+    before = [value.clone() for p in model.parameters() for value in (p.detach(), *opt.state[p].values())]
+    F.cross_entropy(model(X[:8]), Y[:8]).backward()
+    for p in model.parameters():
+        zeros(p)
+    opt.step()
+    after = [value for p in model.parameters() for value in (p.detach(), *opt.state[p].values())]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
