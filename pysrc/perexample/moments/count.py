@@ -146,13 +146,22 @@ class ExampleCount:
                     cleared.append(moment)
                 elif version(grad) != moment.version:
                     changed.append((moment, grad))
+        if changed and not everything:
+            return self.drop_cleared()  # what happened to one gradient shows in all
         if changed:
             # zero_grad(set_to_none=False) is an in-place change that leaves nothing but zeros.
             norms = torch._foreach_norm([g._values() if g.is_sparse else g for _, g in changed], math.inf)
-            for (moment, grad), norm in zip(changed, norms, strict=True):
-                if norm.item() == 0:
-                    cleared.append(moment)
+            zero = [norm.item() == 0 for norm in norms]
+            scaled = not all(zero)  # clipping, say, which leaves alone what was zero before
+            for (moment, grad), is_zero in zip(changed, zero, strict=True):
                 moment.version = version(grad)
+                if not is_zero:
+                    continue
+                if scaled and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
+                    if moment.leaf.grad.any():  # a sum of zeros may stay: it adds nothing
+                        moment.ambiguous, moment.leaf_rounds = True, -1
+                else:
+                    cleared.append(moment)
         self.drop(cleared)
         if everything and not self.alive():
             self.clear()
@@ -161,7 +170,7 @@ class ExampleCount:
         """Drop `moments`; the count goes with the last one, and till then is remembered as their base."""
         dropped = []
         for moment in moments:
-            moment.live = moment.eager = False
+            moment.live = moment.eager = moment.ambiguous = False
             moment.leaf_rounds = moment.grad_rounds = 0
             if moment.leaf is not None and moment.uses is not None:
                 moment.leaf.grad = moment.uses.grad = None

@@ -51,7 +51,8 @@ def no_moments() -> Iterator[None]:
 
 def moment_of(p: Tensor) -> Moment | None:
     """The `Moment` of parameter `p`, or None where no layer of this library owns it."""
-    return p.__dict__.get("_perexample_moment")
+    moment: Moment | None = p.__dict__.get("_perexample_moment")
+    return moment if moment is not None and moment.bound == id(p) else None
 
 
 def _no_moment() -> None:
@@ -79,7 +80,9 @@ class Moment:
 
     __slots__ = (
         "__weakref__",
+        "ambiguous",
         "base",
+        "bound",
         "eager",
         "examples",
         "grad_rounds",
@@ -100,12 +103,14 @@ class Moment:
     def __init__(self, owner: nn.Module, parameter_name: str, examples: ExampleCount) -> None:
         self.owner = weakref.ref(owner)
         self.parameter_name = parameter_name
+        self.bound = 0  # the id of the parameter that it follows (`torch.utils.swap_tensors` forbids weak references)
         self.leaf: Tensor | None = None
         self.places = [Place(self.owner, parameter_name, "")]  # all modules that hold the parameter
         self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses that no `Uses` knows of
         self.eager = False  # whether there were uses that a `Uses` does know of
         self.waiting: dict[int, list[Uses]] = {}  # by the number of the backward pass, what it has to contract
         self.live = False
+        self.ambiguous = False  # whether p.grad may have been cleared or not, which cannot be told: the step refuses
         self.leaf_rounds = self.grad_rounds = 0  # backward passes accumulated in the leaf, and in p.grad
         self.roots: tuple[str, ...] = ()  # the converted models that contain the parameter
         self.version: tuple[int, int] | None = None  # of p.grad, when this library last saw it
@@ -173,10 +178,8 @@ class Moment:
 
     def bind(self, p: Tensor) -> None:
         """Follow `p`: a new leaf where shape, dtype or device changed, hooks where the object is new."""
-        dtype = accumulate_dtype(p.dtype)
-        leaf = self.leaf
-        if leaf is None or (leaf.shape, leaf.dtype, leaf.device) != (p.shape, dtype, p.device):
-            leaf = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape).requires_grad_()
+        if not self.fits(p):  # what the leaf holds belonged to another
+            leaf = torch.zeros((), dtype=accumulate_dtype(p.dtype), device=p.device).expand(p.shape).requires_grad_()
             leaf.register_hook(self._before_leaf)
             self.leaf = leaf
             self.uses = torch.zeros((), device=p.device, requires_grad=True)
@@ -186,6 +189,8 @@ class Moment:
             for handle in self.handles:
                 handle.remove()
             p.__dict__["_perexample_moment"] = self
+            self.bound = id(p)
+            self.grad_rounds = 0
             # Hooks can be registered only on what requires grad; they stay when it no longer does.
             frozen = not p.requires_grad
             p.requires_grad_(True)
@@ -227,6 +232,15 @@ class Moment:
         self.version = None if p.grad is None else version(p.grad)
         self.grad_rounds += 1
 
+    def fits(self, p: Tensor) -> bool:
+        """Whether the leaf was made for `p` as it now is: another object, or ``p.data = ...``, needs another one."""
+        leaf = self.leaf
+        return (
+            leaf is not None
+            and moment_of(p) is self
+            and (leaf.shape, leaf.dtype, leaf.device) == (p.shape, accumulate_dtype(p.dtype), p.device)
+        )
+
     def current(self) -> Tensor | None:
         """The second moment that belongs to the present ``p.grad``, or None."""
         self.examples.drop_cleared([self])
@@ -240,13 +254,13 @@ def _sum_grad_squared(p: nn.Parameter) -> Tensor | None:
     the gradient was made under `no_moments`, in eval mode, or not by a layer of this library. Raises
     AttributeError for a parameter that no such layer owns.
     """
-    moment = moment_of(p)
+    moment: Moment | None = p.__dict__.get("_perexample_moment")
     if moment is None:
         raise AttributeError(
             "sum_grad_squared: this parameter belongs to no layer of perexample; convert the model with "
             "px.convert(model)"
         )
-    return moment.current()
+    return moment.current() if moment.bound == id(p) else None  # another took its place in the layer
 
 
 nn.Parameter.sum_grad_squared = property(_sum_grad_squared)  # type: ignore[attr-defined]

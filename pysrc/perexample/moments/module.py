@@ -227,7 +227,7 @@ class MomentModule(nn.Module):
         return [*leaves, counter if call is None else Call(call)]
 
     def _eager_leaf(self, name: str, p: Tensor, moment: Moment) -> tuple[Tensor | None, Uses | None]:
-        if moment_of(p) is not moment:
+        if not moment.fits(p):
             self._bind(name)
             moment = self._moments[name]
         if self._examples.batch is not None:
