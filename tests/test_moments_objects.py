@@ -101,7 +101,9 @@ def test_a_gradient_that_cancels_and_was_clipped_is_not_dropped_in_silence():
         optimizer.step()
     optimizer.zero_grad()
     (model(torch.ones(2, 1, dtype=torch.float64)) * weights).sum().backward()
+    px.clip_grad_norm_(model.parameters(), 1e9)
     optimizer.step()
+    assert optimizer.state[model.first.weight]["examples"] == 2
 
 
 def test_a_parameter_whose_data_was_replaced_gets_a_fitting_second_moment():

@@ -43,7 +43,10 @@ class _Gathered:
     def __init__(self, params: list[Tensor], per_example: bool) -> None:
         self.params = params
         self.grads = [p.grad for p in params]
-        self.moments: list[Moment | None] = [p.__dict__.get("_perexample_moment") for p in params]
+        self.moments: list[Moment | None] = [  # `moment_of`, spelled out
+            moment if (moment := p.__dict__.get("_perexample_moment")) is None or moment.bound == id(p) else None
+            for p in params
+        ]
         self.sums: list[Tensor | None] = []  # second moments, as far as they are there and complete
         self.counts: dict[int, tuple[ExampleCount, int]] = {}  # example counts, and how many moments are of each
         self.stale = False  # whether some gradients were cleared, and their second moments were not yet
@@ -373,6 +376,12 @@ class FusedOptimizer(Optimizer):
 
     def _refuse_incomplete(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> None:
         """Raise for a gradient without second moment, unless it is nothing but zeros."""
+        if moment is not None and moment.ambiguous:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} is zero everywhere and was "
+                f"changed in place while others were too, so whether it was cleared or clipped cannot be told; clear "
+                f"gradients with set_to_none=True, and clip with px.clip_grad_norm_"
+            )
         if moment is not None and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} was accumulated in "
