@@ -42,7 +42,7 @@ def test_another_parameter_in_between_leaves_the_first_served(model, disturb):
 
 
 def test_another_parameter_while_accumulating_does_not_enter_the_sum(model):
-    """Its contribution must not be taken for the first one's: then the first one's sum is given up, and step says so."""
+    """Its contribution must not pass for the first one's: that one's sum is given up, and the step says so."""
     optimizer = adam(model)
     backward(model, X, target=Y)
     called_with_other_parameters(model)
@@ -85,7 +85,7 @@ class Cancelling(nn.Module):
 
 
 def test_a_gradient_that_cancels_and_was_clipped_is_not_dropped_in_silence():
-    """Zero, changed in place among others that are not zero, with a second moment: cleared alone, or clipped with all?"""
+    """Zero, with a second moment, and changed in place with others that are not: cleared alone, or clipped with all?"""
     model = px.convert(Cancelling().double())
     optimizer = adam(model)
     weights = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
