@@ -198,3 +198,9 @@ def test_arguments(which):
     error, optimizer, options, message = ARGUMENTS[which]
     with raises(error, f"translate: {message}"):
         px.optim.translate(optimizer, **{"batch_size": 4, **options})
+
+
+@pytest.mark.parametrize("how", [{"assume": "noise"}, {"assume": "signal"}, {"noise_scale": 5.0}], ids=str)
+def test_the_decay_of_a_step_is_that_of_torch(how):
+    found = px.optim.translate("AdamW", batch_size=B, lr=1e-3, weight_decay=0.3, **how).options
+    assert math.isclose(B * found["lr"] * found["weight_decay"], 1e-3 * 0.3)
