@@ -41,7 +41,7 @@ class ExampleCount:
         self.batch_dim = 0  # which dimension of the layers' inputs it is
         self.training = False  # whether the model that began the pass is in training
         self.used: dict[str, str] = {}  # the parameters that it has used so far, and how (see `MomentModule`)
-        self.uses: dict[str, Uses] = {}  # of those, the uses in eager mode with second moments
+        self.uses: dict[Moment, Uses] = {}  # of those, the uses in eager mode with second moments
         self.root = ""  # name of the module that began the pass
         self.rooted = False  # whether a converted model counts here at all
         self.nested: dict[str, int] = {}  # converted parts that were called inside of a pass

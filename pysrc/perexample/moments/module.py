@@ -260,9 +260,9 @@ class MomentModule(nn.Module):
         examples.used[key] = how
         if how != WITH or moment is None or examples.batch is None:
             return None
-        uses = examples.uses.get(key)
+        uses = examples.uses.get(moment)
         if uses is None:
-            uses = examples.uses[key] = Uses(moment, examples.batch, self._reusable)
+            uses = examples.uses[moment] = Uses(moment, examples.batch, self._reusable)
         elif not (uses.reusable and self._reusable):
             self._refuse_use(name, how, how)
         uses.count += 1

@@ -72,7 +72,7 @@ class Fallback(MomentModule):
         if moment_of(p) is not self._moments[name]:
             self._bind(name)
         moment, examples = self._moments[name], self._examples
-        uses = examples.uses.get(moment.name)
+        uses = examples.uses.get(moment)
         if uses is None or uses.expanded is None:
             uses = self._note_use(name, WITH)
             assert uses is not None and examples.batch is not None and moment.leaf is not None
