@@ -16,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 import perexample as px
 from perexample.testing import LAYER_CASES, LayerCase, assert_moments, assert_within_budget, oracle
 
-# torch.nn.Transformer says so of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+# Stock layers say so of themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # One case of each class, the first; for what need not be tested at every shape.
 FEW = list({case.name: case for case in reversed(LAYER_CASES) if case.batch > 1}.values())[::-1]
@@ -43,7 +46,7 @@ class Batched(nn.Module):
             return output.movedim(self.batch_dim, 0)
         first, *rest = pytree.tree_leaves(output)
         # Attention weights have the batch first, the states of recurrent layers second.
-        dim = 0 if isinstance(self.layer, nn.MultiheadAttention) else 1
+        dim = 0 if isinstance(self.layer, (nn.MultiheadAttention, nn.LSTMCell)) else 1
         parts = [first.movedim(self.batch_dim, 0), *(part.movedim(dim, 0) for part in rest)]
         return torch.cat([part.flatten(1) for part in parts], 1)
 

@@ -172,6 +172,36 @@ struct Optimizer {
   double step_size, decay, eps;
 };
 
+// One step of an LSTM: gates (B, 4 H) come before activation and leave after it, i, f, g, o;
+// state = f cell + i g;  h = o tanh(state). Rows are contiguous, a stride apart.
+struct LstmCell {
+  int64_t B, H;
+  DType dtype;
+  void* gates;
+  const void* cell;
+  void *state, *h;
+  int64_t gates_stride, cell_stride, state_stride, h_stride;
+};
+
+// Its backward: dc, the gradient of state, becomes that of cell; dgates (B, 4 H) before activation.
+struct LstmCellBackward {
+  int64_t B, H;
+  DType dtype;
+  void *dgates, *dc;
+  const void *dh, *gates, *state, *cell;
+  int64_t dgates_stride, dc_stride, dh_stride, gates_stride, state_stride, cell_stride;
+};
+
+// Backward of one step of a GRU, n = tanh(x_n + r hidden), h = (1 - z) n + z state: dgates of the
+// products with x, dhidden of those with the state, both (B, 3 H), r, z, n; dh becomes dh z.
+struct GruCellBackward {
+  int64_t B, H;
+  DType dtype;
+  void *dgates, *dhidden, *dh;
+  const void *gates, *hidden, *state;
+  int64_t dgates_stride, dhidden_stride, dh_stride, gates_stride, hidden_stride, state_stride;
+};
+
 struct Kernels {
   const char* capability;
   void (*linear_moments)(const Linear&, const Parallel&);
@@ -181,6 +211,9 @@ struct Kernels {
   void (*embedding_moments)(const Embedding&, const Parallel&);
   void (*layer_norm_moments)(const LayerNorm&, const Parallel&);
   void (*group_norm_moments)(const GroupNorm&, const Parallel&);
+  void (*lstm_cell)(const LstmCell&, const Parallel&);
+  void (*lstm_cell_backward)(const LstmCellBackward&, const Parallel&);
+  void (*gru_cell_backward)(const GruCellBackward&, const Parallel&);
   void (*optimizer_step)(const Optimizer&, const Parallel&);
 };
 

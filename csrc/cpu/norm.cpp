@@ -138,24 +138,6 @@ void combine(const Op& a, int64_t width, int64_t pieces, int64_t parts, const F&
 // What a group of rows means to its example.
 enum class Span { kInside, kWholeExamples };
 
-// f(offset, load, store) for every vector of a row of n values; the last may be partial, with zeros
-// in its other lanes.
-template <class A, class F>
-PX_INLINE void each_vector(int64_t n, const F& f) {
-  constexpr int64_t L = lanes<A>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    f(
-        i, [](auto* p) PX_LAMBDA { return load_wide(p); },
-        [](auto* p, Vec<A> v) PX_LAMBDA { store_narrow(p, v); });
-  }
-  if (int64_t rest = n - i; rest > 0) {
-    f(
-        i, [rest](auto* p) PX_LAMBDA { return load_first(p, rest); },
-        [rest](auto* p, Vec<A> v) PX_LAMBDA { store_first(p, v, rest); });
-  }
-}
-
 // R rows from example b, position t on. With kInside they are positions of that example and are
 // added to its G, which is started at its first rows and squared at its last; with kWholeExamples
 // they are the same position of R examples, each of one position.

@@ -43,6 +43,24 @@ PX_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(values[i]);
 }
 
+// f(offset, load, store) for every vector of a row of n values; the last may be partial, with zeros
+// in its other lanes.
+template <class A, class F>
+PX_INLINE void each_vector(int64_t n, const F& f) {
+  constexpr int64_t L = lanes<A>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    f(
+        i, [](auto* p) PX_LAMBDA { return load_wide(p); },
+        [](auto* p, Vec<A> v) PX_LAMBDA { store_narrow(p, v); });
+  }
+  if (int64_t rest = n - i; rest > 0) {
+    f(
+        i, [rest](auto* p) PX_LAMBDA { return load_first(p, rest); },
+        [rest](auto* p, Vec<A> v) PX_LAMBDA { store_first(p, v, rest); });
+  }
+}
+
 // to[0..n) = from[0..n), as A.
 template <class T, class A>
 PX_INLINE void widen_row(int64_t n, const T* from, A* to) {

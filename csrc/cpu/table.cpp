@@ -14,12 +14,24 @@ void reduce_moments(const Reduce&, const Parallel&);
 void embedding_moments(const Embedding&, const Parallel&);
 void layer_norm_moments(const LayerNorm&, const Parallel&);
 void group_norm_moments(const GroupNorm&, const Parallel&);
+void lstm_cell(const LstmCell&, const Parallel&);
+void lstm_cell_backward(const LstmCellBackward&, const Parallel&);
+void gru_cell_backward(const GruCellBackward&, const Parallel&);
 void optimizer_step(const Optimizer&, const Parallel&);
 
 extern const Kernels table;
 const Kernels table = {
-    PX_STRING(PX_CAPABILITY), linear_moments,    conv_moments,       bias_moments,
-    reduce_moments,           embedding_moments, layer_norm_moments, group_norm_moments,
+    PX_STRING(PX_CAPABILITY),
+    linear_moments,
+    conv_moments,
+    bias_moments,
+    reduce_moments,
+    embedding_moments,
+    layer_norm_moments,
+    group_norm_moments,
+    lstm_cell,
+    lstm_cell_backward,
+    gru_cell_backward,
     optimizer_step,
 };
 

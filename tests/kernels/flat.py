@@ -174,6 +174,35 @@ def batch_norm_moments(dy, x, mean, rstd, weight, output_mask=(True, True, True)
     return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [channels, 1], channels, 0.0, output_mask)
 
 
+def cell(name, batch, width, written, *tensors):
+    """In place; `written` are the places of the tensors that change."""
+    rows = [t.contiguous() for t in tensors]
+    before = [t.clone() for t in rows]
+    results = []
+    for threads, order in RUNS:
+        for t, old in zip(rows, before, strict=True):
+            t.copy_(old)
+        integers = [batch, width, CODES[rows[0].dtype], *(t.stride(0) for t in rows)]
+        call(name, integers, [t.data_ptr() for t in rows], [], threads, order)
+        results.append([rows[i].clone() for i in written])
+    for other in results[1:]:
+        assert same_bits(other, results[0]), f"{name}: bits differ"
+    for i in written:
+        tensors[i].copy_(rows[i])
+
+
+def lstm_cell_(gates, cell_before, state, h):
+    cell("lstm_cell_", *cell_before.shape, (0, 2, 3), gates, cell_before, state, h)
+
+
+def lstm_cell_backward_(dgates, dc, dh, gates, state, cell_before):
+    cell("lstm_cell_backward_", *dh.shape, (0, 1), dgates, dc, dh, gates, state, cell_before)
+
+
+def gru_cell_backward_(dgates, dhidden, dh, gates, hidden, state):
+    cell("gru_cell_backward_", *dh.shape, (0, 1, 2), dgates, dhidden, dh, gates, hidden, state)
+
+
 def optimizer_step_(params, grads, sums, exp_avg, exp_avg_sq, examples_seen, violations, *, batch_size, lr, n_g, n_s,
                     eps, weight_decay, centered, squared_denominator, lr_times_eps, correct_g, correct_s, power,
                     mean_reduction, maximize, guard_rounds, grad_scale=None, found_inf=None):  # fmt: skip

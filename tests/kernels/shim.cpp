@@ -130,6 +130,16 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
     GroupNorm a{n(), n(), n(), n(), n() != 0, r(), type(), type(), p(),
                 p(), p(), p(), p(), p(),      p(), p(),    p(),    p()};
     kernels.group_norm_moments(a, parallel);
+  } else if (is("lstm_cell_")) {
+    LstmCell a{n(), n(), type(), p(), p(), p(), p(), n(), n(), n(), n()};
+    kernels.lstm_cell(a, parallel);
+  } else if (is("lstm_cell_backward_")) {
+    LstmCellBackward a{n(), n(), type(), p(), p(), p(), p(), p(),
+                       p(), n(), n(),    n(), n(), n(), n()};
+    kernels.lstm_cell_backward(a, parallel);
+  } else if (is("gru_cell_backward_")) {
+    GruCellBackward a{n(), n(), type(), p(), p(), p(), p(), p(), p(), n(), n(), n(), n(), n(), n()};
+    kernels.gru_cell_backward(a, parallel);
   } else if (is("optimizer_step_")) {
     std::vector<OptimizerTensor> tensors(static_cast<size_t>(n()));
     for (OptimizerTensor& t : tensors) {

@@ -94,6 +94,18 @@ def samples(name, scale=1):
             ((rand(90 * s, 8, 1), rand(90 * s, 8, 1), rand(8), rand(8), None, [True, True, False]), {}),
             ((rand(2, 8, 3).half(), rand(2, 8, 3).half(), rand(8), rand(8), rand(8), [False, True, True]), {}),
         ],
+        "lstm_cell_": lambda: [
+            ((rand(40 * s, 36), rand(40 * s, 9), rand(40 * s, 9), rand(40 * s, 9)), {}),
+            ((rand(3, 8).double(), rand(3, 2).double(), rand(3, 2).double(), rand(3, 2).double()), {}),
+        ],
+        "lstm_cell_backward_": lambda: [
+            (tuple(rand(40 * s, size) for size in (36, 9, 9, 36, 9, 9)), {}),
+            (tuple(rand(3, size).bfloat16() for size in (8, 2, 2, 8, 2, 2)), {}),
+        ],
+        "gru_cell_backward_": lambda: [
+            (tuple(rand(40 * s, size) for size in (27, 27, 9, 27, 9, 9)), {}),
+            (tuple(rand(3, size).half() for size in (6, 6, 2, 6, 2, 2)), {}),
+        ],
         "optimizer_step_": lambda: [
             optimizer([(700 * s,), (3, 5), ()]),
             optimizer([(7000 * s,), (3, 5), (9000 * s,)], torch.bfloat16),

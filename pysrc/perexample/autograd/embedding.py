@@ -1,18 +1,20 @@
-"""The Function of Embedding (MATHS 6)."""
+"""The Functions of Embedding and EmbeddingBag (MATHS 6)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
+from ..ops._library import accumulate_dtype
 from ._common import call_of, one_use, ops
 
-__all__ = ["embedding"]
+__all__ = ["embedding", "embedding_bag"]
 
 
 class _Embedding(Function):
@@ -53,3 +55,109 @@ def embedding(
 ) -> Tensor:
     """``F.embedding`` with second moments. indices: (B, ...); may be an expanded view."""
     return _Embedding.apply(indices, weight, weight_leaf, uses, padding_idx)
+
+
+class _EmbeddingBag(Function):
+    """MATHS (6): an index of a bag has the bag's gradient, weighted. indices: (N,), offsets: (B,) -> (B, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        factors: Tensor | None,
+        weight_leaf: Tensor | None,
+        uses: Tensor | None,
+        indices: Tensor,
+        offsets: Tensor,
+        mode: str,
+        padding_idx: int | None,
+    ) -> Tensor:
+        ctx.mode, ctx.padding_idx = mode, -1 if padding_idx is None else padding_idx
+        y, _, sizes, largest = torch.embedding_bag(
+            weight, indices, offsets, False, _MODES.index(mode), False, factors, False, padding_idx
+        )
+        ctx.save_for_backward(weight, factors, indices, offsets, sizes, largest if mode == "max" else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, factors, indices, offsets, sizes, largest = ctx.saved_tensors
+        want_factors, want_weight, want_uses = ctx.needs_input_grad[1:4]
+        dw = dw_sq = dfactors = None
+        lengths = torch.diff(offsets, append=offsets.new_full((1,), indices.numel()))
+        if want_factors:
+            bags = torch.repeat_interleave(torch.arange(len(offsets), device=dy.device).to(offsets.dtype), lengths)
+            dfactors = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                dy, weight, indices, offsets, bags, _MODES.index(ctx.mode), ctx.padding_idx
+            )
+        if want_weight and ctx.mode == "max":
+            # Each element of a bag comes from one row: nothing to add before squaring.
+            wide = accumulate_dtype(dy.dtype)
+            g = (dy * (sizes > 0).unsqueeze(1)).to(wide)
+            zeros = torch.zeros(weight.shape, dtype=wide, device=dy.device)
+            dw = zeros.scatter_add(0, largest.long(), g).to(weight.dtype)
+            dw_sq = zeros.scatter_add_(0, largest.long(), g.square())
+        elif want_weight:
+            dw, dw_sq = _bag_moments(dy, weight, factors, indices, offsets, lengths, sizes, ctx.mode, ctx.padding_idx)
+        return dw, dfactors, dw_sq, one_use(dy, want_uses), None, None, None, None
+
+
+_MODES = ("sum", "mean", "max")
+
+
+def _bag_moments(
+    dy: Tensor,
+    weight: Tensor,
+    factors: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    sizes: Tensor,
+    mode: str,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor]:
+    """The bags as examples of one length, filled up with an index that counts for nothing."""
+    rows, (batch, width) = weight.shape[0], dy.shape
+    filler = padding_idx if padding_idx >= 0 else rows
+    longest = int(lengths.max()) if batch else 0
+    if batch * longest == indices.numel():  # all of one length
+        table, at = indices.view(batch, longest), None
+    else:
+        place = torch.arange(longest, device=dy.device)
+        at = (offsets.unsqueeze(1) + place).clamp(max=indices.numel() - 1)
+        inside = place < lengths.unsqueeze(1)
+        table = torch.where(inside, indices[at], filler)
+    if mode == "mean":
+        dy = dy / sizes.clamp(min=1).unsqueeze(1)
+    positions = dy.unsqueeze(1).expand(batch, longest, width)
+    if factors is not None:
+        factors = factors.view(batch, longest) if at is None else factors[at]
+        positions = dy.to(accumulate_dtype(dy.dtype)).unsqueeze(1) * factors.to(dy.dtype).unsqueeze(2)
+    # One row more for the filler, where no index of the table is free for it.
+    dw, dw_sq = ops.embedding_moments(positions, table, max(rows, filler + 1), filler, weight.dtype)
+    return dw[:rows], dw_sq[:rows]
+
+
+def embedding_bag(
+    weight: Tensor,
+    factors: Tensor | None,
+    weight_leaf: Tensor | None,
+    uses: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: str,
+    padding_idx: int | None,
+) -> Tensor:
+    """``F.embedding_bag`` with second moments; each bag is an example.
+
+    Args:
+        weight: (V, D).
+        factors: (N,)  the weight of each index in its bag, for `mode` "sum"; or None.
+        weight_leaf, uses: the leaves of `weight`, and of the number of uses.
+        indices: (N,)  of all bags.
+        offsets: (B,)  where each bag begins.
+        mode: "sum", "mean" or "max".
+        padding_idx: an index that counts for nothing, or None.
+    """
+    return _EmbeddingBag.apply(weight, factors, weight_leaf, uses, indices, offsets, mode, padding_idx)

@@ -40,6 +40,15 @@ LAYERS: dict[type[nn.Module], type[MomentModule]] = {
     nn.BatchNorm2d: px_nn.BatchNorm2d,
     nn.BatchNorm3d: px_nn.BatchNorm3d,
     nn.Embedding: px_nn.Embedding,
+    nn.EmbeddingBag: px_nn.EmbeddingBag,
+    nn.Bilinear: px_nn.Bilinear,
+    nn.PReLU: px_nn.PReLU,
+    nn.LSTM: px_nn.LSTM,
+    nn.GRU: px_nn.GRU,
+    nn.RNN: px_nn.RNN,
+    nn.LSTMCell: px_nn.LSTMCell,
+    nn.GRUCell: px_nn.GRUCell,
+    nn.RNNCell: px_nn.RNNCell,
 }
 
 _registered: dict[type[nn.Module], type[MomentModule]] = {}

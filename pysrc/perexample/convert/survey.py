@@ -79,7 +79,7 @@ def served_by_kernel(module: nn.Module) -> bool:
 def _computed(module: nn.Module) -> str:
     """A weight of `module` that is no parameter of its own but computed (weight_norm, pruning, ...)."""
     for name in ("weight", "bias"):
-        if module._parameters.get(name) is None and getattr(module, name, None) is not None:
+        if module._parameters.get(name) is None and isinstance(getattr(module, name, None), Tensor):
             return name
     return ""
 
@@ -129,7 +129,7 @@ def _refusal(module: nn.Module, own: dict[str, Tensor], examples: ExampleCount |
         why = _unusual(name, p) or _foreign(name, p, examples, inside)
         if why:
             return why
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         why = unsupported_embedding(module)
         if why:
             return why

@@ -1,4 +1,4 @@
-"""Embedding."""
+"""Embedding and EmbeddingBag."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import autograd
 from ..autograd.expansion import PerExample
 from ..moments import MomentModule
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "EmbeddingBag"]
 
 
 class Embedding(MomentModule, nn.Embedding):
@@ -111,7 +111,7 @@ def _consecutive(indices: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool((indices.diff() == 1).all())
 
 
-def unsupported_embedding(module: nn.Embedding) -> str:
+def unsupported_embedding(module: nn.Embedding | nn.EmbeddingBag) -> str:
     """Why this embedding cannot be served; empty if it can."""
     if module.max_norm is not None:
         return (
@@ -122,3 +122,43 @@ def unsupported_embedding(module: nn.Embedding) -> str:
     if module.sparse:
         return "sparse gradients have no second moment here; set sparse=False"
     return ""
+
+
+class EmbeddingBag(MomentModule, nn.EmbeddingBag):
+    """torch.nn.EmbeddingBag whose backward also computes ``p.sum_grad_squared`` (MATHS 6). Each bag is an example.
+
+    Input: indices (B, L), or (N,) with offsets (B,), or (B + 1,) with `include_last_offset`.
+
+    Raises:
+        ValueError: for `max_norm`, `scale_grad_by_freq`, `sparse`, which have no per-example gradient here; in a
+            converted model in training, if there are not as many bags as examples.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        unsupported = unsupported_embedding(self)
+        if unsupported:
+            raise ValueError(f"EmbeddingBag: {unsupported}")
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        bags = input.shape[0]
+        if input.dim() == 1 and offsets is not None:
+            bags = offsets.shape[0] - int(self.include_last_offset)
+        # A tensor that has as many rows as there are bags, for the check of the batch.
+        if not self._tracking(input.new_empty(0).expand(bags, 0), 1, "weight"):
+            return super().forward(input, offsets, per_sample_weights)
+        if per_sample_weights is not None:
+            if per_sample_weights.shape != input.shape or self.mode != "sum":
+                return super().forward(input, offsets, per_sample_weights)  # raises
+            per_sample_weights = per_sample_weights.reshape(-1)
+        if input.dim() == 2 and offsets is None:
+            offsets = torch.arange(bags, dtype=input.dtype, device=input.device) * input.shape[1]
+            input = input.reshape(-1)
+        elif input.dim() == 1 and offsets is not None and offsets.dim() == 1:
+            offsets = offsets[:bags]
+        else:
+            return super().forward(input, offsets, per_sample_weights)  # raises
+        leaves = self._leaves("weight")
+        return autograd.embedding_bag(
+            self.weight, per_sample_weights, *leaves, input, offsets, self.mode, self.padding_idx
+        )

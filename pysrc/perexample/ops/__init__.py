@@ -6,6 +6,7 @@ from .embedding import embedding_moments
 from .linear import linear_moments
 from .norm import batch_norm_moments, group_norm_moments, layer_norm_moments, rms_norm_moments
 from .optimizer import optimizer_step_
+from .recurrent import gru_cell_backward_, lstm_cell_, lstm_cell_backward_
 from .reduce import bias_moments, reduce_moments
 
 __all__ = [
@@ -16,8 +17,11 @@ __all__ = [
     "conv_moments",
     "embedding_moments",
     "group_norm_moments",
+    "gru_cell_backward_",
     "layer_norm_moments",
     "linear_moments",
+    "lstm_cell_",
+    "lstm_cell_backward_",
     "optimizer_step_",
     "reduce_moments",
     "rms_norm_moments",

@@ -1,0 +1,43 @@
+"""The Function of PReLU: ``G_b[c] = sum over the positions of channel c where x < 0 of dy x``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ._common import one_use, ops
+
+__all__ = ["prelu"]
+
+
+class _PReLU(Function):
+    """x: (B, C, ...) or (B, ...), weight: (C,) or (1,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.prelu(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        channels = weight.numel()
+        shape = [1] * x.dim()
+        if channels > 1:
+            shape[1] = channels
+        # As stock PyTorch does: one pass for dx and for the terms of dw, which has the shape of x.
+        dx, terms = torch.ops.aten._prelu_kernel_backward(dy, x, weight.reshape(shape))
+        rows = terms.reshape(x.shape[0], channels, x.shape[1:].numel() // channels if channels else 0)
+        dw, dw_sq = ops.bias_moments(rows.transpose(1, 2), weight.dtype)
+        return dx, dw.reshape(weight.shape), dw_sq.reshape(weight.shape), one_use(dy, ctx.needs_input_grad[3])
+
+
+def prelu(x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | None) -> Tensor:
+    """``F.prelu(x, weight)`` with second moments. x: (B, C, ...), weight: (C,); or x: (B, ...), weight: (1,)."""
+    return _PReLU.apply(x, weight, weight_leaf, uses)

@@ -1,0 +1,84 @@
+"""EmbeddingBag with offsets and with weights of its indices."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import randn, weighted_sum
+from torch import nn
+
+import perexample as px
+from perexample.testing import assert_moments, oracle
+
+LENGTHS = torch.tensor([3, 0, 5, 1])
+
+
+class Bags(nn.Module):
+    """Indices (B, 5), of which `lengths` are in the bag, and their weights (B, 5): as one list with offsets."""
+
+    def __init__(self, include_last_offset=False, weighted=False, **keywords):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 4, include_last_offset=include_last_offset, **keywords)
+        self.weighted = weighted
+
+    def forward(self, indices, lengths, factors):
+        inside = torch.arange(5) < lengths[:, None]
+        ends = lengths.cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends if self.bag.include_last_offset else ends[:-1]])
+        return self.bag(indices[inside], offsets, factors[inside] if self.weighted else None)
+
+
+VARIANTS = {
+    "sum": dict(mode="sum"),
+    "mean": dict(mode="mean"),
+    "mean with padding": dict(mode="mean", padding_idx=1),
+    "max": dict(mode="max"),
+    "max with padding": dict(mode="max", padding_idx=1),
+    "last offset": dict(mode="sum", include_last_offset=True),
+    "weighted": dict(mode="sum", weighted=True),
+    "weighted with padding": dict(mode="sum", weighted=True, padding_idx=2, include_last_offset=True),
+}
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([2, 2, 2, 2]), torch.tensor([0, 0])], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bags_by_offsets(variant, lengths):
+    torch.manual_seed(0)
+    model = Bags(**VARIANTS[variant]).double()
+    batch = len(lengths)
+    indices, factors = torch.randint(6, (batch, 5)), randn(batch, 5).requires_grad_()
+    target = randn(batch, 4, seed=1)
+    stock = model(indices, lengths, factors)
+    expected = oracle(model, weighted_sum, (indices, lengths, factors.detach()), target, reduction="sum")
+    converted = px.convert(copy.deepcopy(model))
+    y = converted(indices, lengths, factors)
+    assert torch.equal(y, stock)
+    weighted_sum(y, target).backward()
+    assert_moments(converted, expected)
+    if model.weighted and lengths.any():
+        (expected_grad,) = torch.autograd.grad(weighted_sum(stock, target), factors)
+        torch.testing.assert_close(factors.grad, expected_grad)
+
+
+@pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq", "sparse"])
+def test_what_has_no_per_example_gradient_is_refused(option):
+    arguments = {option: 1.0 if option == "max_norm" else True}
+    with pytest.raises(ValueError, match=r"^EmbeddingBag: .*(max_norm|scale_grad_by_freq|sparse)"):
+        px.nn.EmbeddingBag(4, 3, **arguments)
+    with pytest.raises(ValueError, match=r"0 \(EmbeddingBag\): "):
+        px.convert(nn.Sequential(nn.EmbeddingBag(4, 3, **arguments)))
+
+
+def test_another_number_of_bags_than_of_examples_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(6, 4)
+
+        def forward(self, x):
+            return self.bag(x.flatten(), torch.arange(3))
+
+    with pytest.raises(ValueError, match="bag saw 3 rows, the batch has 2 examples"):
+        px.convert(Model())(torch.ones(2, 4, dtype=torch.long))
