@@ -14,6 +14,7 @@ from . import (
     conv,
     digits,
     embedding,
+    layers,
     linear,
     memory,
     norm,
@@ -24,7 +25,14 @@ from . import (
 )
 from .models import workloads
 
-KERNELS = {"linear": linear, "conv": conv, "norm": norm, "embedding": embedding, "optimizer": optimizer}
+KERNELS = {
+    "linear": linear,
+    "conv": conv,
+    "norm": norm,
+    "embedding": embedding,
+    "layers": layers,
+    "optimizer": optimizer,
+}
 
 
 def gate(full: bool) -> None:
