@@ -145,6 +145,7 @@ class RNN(_Recurrent, nn.RNN):
 class _Cell(MomentModule):
     """One step: two linear layers, and what comes after them is plain autograd's."""
 
+    _batch_at = "first"
     hidden_size: int
     weight_ih: Any
     weight_hh: Any
