@@ -146,6 +146,7 @@ class _Cell(MomentModule):
     """One step: two linear layers, and what comes after them is plain autograd's."""
 
     _batch_at = "first"
+    _reusable = True
     hidden_size: int
     weight_ih: Any
     weight_hh: Any
@@ -159,9 +160,11 @@ class _Cell(MomentModule):
             zeros = input.new_zeros(input.shape[0], self.hidden_size)
             hx = (zeros, zeros) if isinstance(self, nn.LSTMCell) else zeros
         h = hx[0] if isinstance(hx, tuple) else hx
-        w_ih, w_hh, b_ih, b_hh, uses = self._leaves("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        x = autograd.linear(input, self.weight_ih, self.bias_ih, w_ih, b_ih, uses)
-        return self._step(x, autograd.linear(h, self.weight_hh, self.bias_hh, w_hh, b_hh, None), hx)
+        x = autograd.linear(input, self.weight_ih, self.bias_ih, *self._leaves("weight_ih", "bias_ih"))
+        w_hh, b_hh, uses = self._leaves("weight_hh", "bias_hh")
+        # One scalar counts the uses of the whole layer: once is enough.
+        uses = None if isinstance(uses, Tensor) else uses
+        return self._step(x, autograd.linear(h, self.weight_hh, self.bias_hh, w_hh, b_hh, uses), hx)
 
     def _step(self, x: Tensor, h: Tensor, hx: Any) -> Any:
         raise NotImplementedError
