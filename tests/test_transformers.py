@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from golden_files import assert_golden
 from models import randn, weighted_sum
 from torch import nn
 
@@ -162,6 +163,7 @@ def model_of(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_how_each_module_is_served(name):
     table = px.convert(model_of(name)[0], dry_run=True)
+    assert_golden(name, str(table))
     counts = collections.Counter(f"{row.class_name} {row.how}" for row in table)
     assert ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())) == MODELS[name][3]
 
