@@ -14,6 +14,7 @@ from . import (
     conv,
     digits,
     embedding,
+    fallback,
     layers,
     linear,
     memory,
@@ -65,6 +66,7 @@ def main() -> None:
         for name, module in KERNELS.items():
             _kernels.table(name, module.TITLE, module.cases(full), seconds=1.0 if full else 0.4)
         if full:
+            _kernels.table("fallback", fallback.TITLE, fallback.cases(full), seconds=1.0)
             peers.table(seconds=3.0)
         digits.table(full)
         rules.table(full)

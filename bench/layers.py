@@ -31,7 +31,7 @@ class First(nn.Module):
         return result
 
 
-def _graph(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def graph_of(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output, and all that its backward is to be taken with respect to."""
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     y = model(x)
@@ -42,11 +42,11 @@ def _graph(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return y, wanted
 
 
-def _backward(graph: tuple[Tensor, list[Tensor]], dy: Tensor) -> Any:
+def backward(graph: tuple[Tensor, list[Tensor]], dy: Tensor) -> Any:
     return torch.autograd.grad(*graph, dy, retain_graph=True)
 
 
-def _check(make: Callable[[], First], x: Tensor) -> None:
+def check(make: Callable[[], First], x: Tensor) -> None:
     """Two examples at full width, against the loop over examples."""
     torch.manual_seed(0)
     model, x = make(), x[:2].detach()
@@ -65,7 +65,7 @@ def _check(make: Callable[[], First], x: Tensor) -> None:
         raise _gate.RedGate(f"{type(model.layer).__name__}: {error}") from error
 
 
-def _vmap(model: First, x: Tensor, dy: Tensor) -> Any:
+def per_example(model: First, x: Tensor, dy: Tensor) -> Any:
     """Per-example gradients by torch.func, forward included."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -89,18 +89,18 @@ def _case(
 
     def inputs() -> tuple[Any, ...]:
         stock, data = first(), x()
-        graph = _graph(stock, data)
+        graph = graph_of(stock, data)
         dy = torch.randn_like(graph[0])
-        return dy, graph, _graph(px.convert(copy.deepcopy(stock)), data), data, stock  # type: ignore[arg-type]
+        return dy, graph, graph_of(px.convert(copy.deepcopy(stock)), data), data, stock  # type: ignore[arg-type]
 
     return _kernels.Case(
         name,
         inputs,
-        lambda dy, stock, ours, data, model: _backward(stock, dy),
-        lambda dy, stock, ours, data, model: _backward(ours, dy),
-        lambda dy, stock, ours, data, model: _check(first, data),
+        lambda dy, stock, ours, data, model: backward(stock, dy),
+        lambda dy, stock, ours, data, model: backward(ours, dy),
+        lambda dy, stock, ours, data, model: check(first, data),
         reach,
-        {"torch.func": lambda dy, stock, ours, data, model: _vmap(model, data, dy)} if peers else {},
+        {"torch.func": lambda dy, stock, ours, data, model: per_example(model, data, dy)} if peers else {},
     )
 
 
