@@ -1,5 +1,8 @@
 """Every test starts from one seed and leaves torch's global switches as it found them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,3 +15,12 @@ def seeded_and_restored():
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    """The CUDA kernels, built to run on the CPU: tests/cuda_emulation."""
+    sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+    import emulated
+
+    return emulated.build(tmp_path_factory.mktemp("emulated"))

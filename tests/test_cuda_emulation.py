@@ -26,8 +26,8 @@ every_half = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
 @pytest.fixture(scope="module")
-def lib(tmp_path_factory):
-    return emulated.Emulated(emulated.build(tmp_path_factory.mktemp("emulated")))
+def lib(emulated_library):
+    return emulated.Emulated(emulated_library)
 
 
 # (batch, positions, outputs, inputs), multiprocessors: rows too short or too odd for vectors, small and large tiles,

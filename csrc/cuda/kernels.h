@@ -15,7 +15,11 @@
 namespace perexample::cuda {
 
 using cpu::Bias;
+using cpu::Conv;
 using cpu::DType;
+using cpu::Embedding;
+using cpu::GroupNorm;
+using cpu::LayerNorm;
 using cpu::Linear;
 using cpu::Reduce;
 
@@ -37,9 +41,57 @@ struct Device {
 // Makes the device current for the runtime that the kernels are linked to.
 Device device(int index);
 
+// The one stride that walks the output's positions in row-major order; -1: there is none.
+int64_t positions_stride(const Conv&);
+
 // `tf32`: float32 products may be rounded to TF32, as torch.backends.cuda.matmul allows.
 void linear_moments(const Linear&, bool tf32, const Device&);
+// The strides of dy over its spatial dimensions must be those of one dimension
+// (`positions_stride`).
+void conv_moments(const Conv&, const Device&);
 void bias_moments(const Bias&, const Device&);
 void reduce_moments(const Reduce&, const Device&);
+void layer_norm_moments(const LayerNorm&, const Device&);
+void group_norm_moments(const GroupNorm&, const Device&);
+
+// `rows`: the B T indices in ascending order; `order`: where each comes from, b T + t, ascending
+// where rows are equal. `indices` of the struct is not read.
+void embedding_moments(const Embedding&, const int64_t* rows, const int64_t* order, const Device&);
+
+// A number that is known on the host, or read from the device when the kernel runs.
+struct Scalar {
+  const double* on_device;  // null: value
+  double value;
+};
+
+// As cpu::OptimizerTensor and cpu::Optimizer, before the scalars are known.
+struct OptimizerTensor {
+  int64_t n;
+  int64_t start;  // of its part in the flat state
+  int32_t index;  // in examples_seen and violations
+  DType param_dtype, grad_dtype;
+  void* param;
+  const void* grad;
+  const void* sum_grad_squared;  // null: per batch
+};
+struct Optimizer {
+  int64_t count;
+  const OptimizerTensor* tensors;
+  DType state_dtype;
+  void* exp_avg;     // flat, or null
+  void* exp_avg_sq;  // flat, or null
+  double* examples_seen;
+  int64_t seen_stride;
+  int32_t* violations;
+  int64_t flag_stride;
+  Scalar batch_size, lr, grad_scale, found_inf;
+  bool has_grad_scale, has_found_inf;
+  double n_g, n_s, log_keep_g, log_keep_s;  // log(1 - 1 / n)
+  double eps, weight_decay;
+  bool centered, squared_denominator, lr_times_eps, correct_g, correct_s, power, mean_reduction,
+      maximize;
+  int64_t guard_rounds;
+};
+void optimizer_step(const Optimizer&, const Device&);
 
 }  // namespace perexample::cuda

@@ -8,12 +8,12 @@ namespace perexample::cuda {
 
 // Tiles of the portable kernel: (rows, columns, rows and columns of a warp, positions of a block).
 // Large tiles read less; small ones are for small matrices, and for gathering loads.
-template <Math kMath, bool kVectors, bool kSquares>
+template <Math kMath, bool kVectors, bool kSquares, class X = Strided>
 struct Tiles {
   static constexpr bool kHalf = kMath == Math::kBf16 || kMath == Math::kF16;
   static constexpr int kBlock = kHalf ? 32 : 16;
-  // Pieces take registers.
-  using Large = std::conditional_t<kHalf && !kSquares,
+  // Pieces take registers, and so does finding an unfolded x.
+  using Large = std::conditional_t<kHalf && !kSquares && std::is_same_v<X, Strided>,
                                    MmaTile<kMath, 128, 128, 64, 32, kBlock, kVectors, kSquares>,
                                    MmaTile<kMath, 128, 64, 32, 32, kBlock, kVectors, kSquares>>;
   using Small = MmaTile<kMath, 64, 64, 32, 32, kBlock, kVectors, kSquares>;
@@ -27,18 +27,19 @@ void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch
                     const Matrix& out, const Device& device) {
   if (!vectors(dy, Tiles<kMath, true, kSquares>::Small::kElement) ||
       !vectors(x, Tiles<kMath, true, kSquares>::Small::kElement)) {
-    launch_mma<typename Tiles<kMath, false, kSquares>::Small>(dy, x, groups, batch, positions, out,
+    launch_mma<typename Tiles<kMath, false, kSquares, X>::Small>(dy, x, groups, batch, positions, out,
                                                               device);
   } else if (small(out)) {
-    launch_mma<typename Tiles<kMath, true, kSquares>::Small>(dy, x, groups, batch, positions, out,
+    launch_mma<typename Tiles<kMath, true, kSquares, X>::Small>(dy, x, groups, batch, positions, out,
                                                              device);
   } else {
-    launch_mma<typename Tiles<kMath, true, kSquares>::Large>(dy, x, groups, batch, positions, out,
+    launch_mma<typename Tiles<kMath, true, kSquares, X>::Large>(dy, x, groups, batch, positions, out,
                                                              device);
   }
 }
 
-// Any dtype. With one position an example, the batch takes the place of the positions.
+// Any dtype; `tf32` is for Strided only. With one position an example, the batch takes the place of
+// the positions.
 template <class X>
 void launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, int64_t batch,
                      int64_t positions, const Matrix& out, const Device& device) {
@@ -58,9 +59,10 @@ void launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, in
     product(std::integral_constant<Math, Math::kBf16>{});
   } else if (dtype == DType::f16) {
     product(std::integral_constant<Math, Math::kF16>{});
-  } else if (tf32) {
-    product(std::integral_constant<Math, Math::kTf32>{});
   } else {
+    if constexpr (std::is_same_v<X, Strided>) {
+      if (tf32) return product(std::integral_constant<Math, Math::kTf32>{});
+    }
     product(std::integral_constant<Math, Math::kTf32x3>{});
   }
 }

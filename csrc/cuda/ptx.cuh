@@ -141,6 +141,9 @@ PX_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
+// Ends the kernel with an error.
+PX_DEVICE void trap() { asm volatile("trap;"); }
+
 // x, but the compiler cannot know: what is computed from it is computed there, not kept in
 // registers from the start of the kernel.
 PX_DEVICE int opaque(int x) {

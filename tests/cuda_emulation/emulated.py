@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perexample import ops
 from perexample.testing import assert_within_budget, moments_of_examples
 
 HERE = Path(__file__).parent
@@ -108,6 +110,96 @@ class Emulated:
             **where,
         )
         return out.checked()
+
+    def conv_moments(self, dy: Tensor, x: Tensor, kernel, stride, padding, dilation, groups, bias=True, dtype=None, **where):
+        missing = 5 - dy.dim()
+
+        def three(values, fill=1):
+            return [*[fill] * missing, *values]
+
+        def strides(t):
+            return [*t.stride()[:2], *[0] * missing, *t.stride()[2:]]
+
+        dtype = dtype or dy.dtype
+        weight = Outputs((dy.shape[1], x.shape[1] // groups, *kernel), dy, dtype)
+        column = Outputs(dy.shape[1:2], dy, dtype)
+        sizes = [*three(x.shape[2:]), *three(dy.shape[2:]), *three(kernel), *three(stride)]
+        sizes += [*three(padding, 0), *three(dilation)]
+        self.call(
+            "conv_moments",
+            [dy.shape[0], x.shape[1], dy.shape[1], groups, *sizes, CODES[dy.dtype], *strides(dy), *strides(x)]
+            + [CODES[dtype]],
+            [dy, x, *weight.tensors, *(column.tensors if bias else (None, None))],
+            **where,
+        )
+        return (*weight.checked(), *(column.checked() if bias else ()))
+
+    def layer_norm_moments(self, dy, x, mean, rstd, weight, eps, centered=True, mask=(True, True, True), **where):
+        (batch, positions, width), dtype = dy.shape, dy.dtype if weight is None else weight.dtype
+        dx = torch.full(dy.shape, float("nan"), dtype=dy.dtype)
+        scale, shift = (Outputs((width,), dy, dtype) for _ in range(2))
+        self.call(
+            "layer_norm_moments",
+            [batch, positions, width, centered, CODES[dy.dtype], CODES[dtype], *dy.stride()[:2], *x.stride()[:2]],
+            [dy, x, mean, rstd, weight, dx if mask[0] else None]
+            + [t if wanted else None for out, wanted in ((scale, mask[1]), (shift, mask[2])) for t in out.tensors],
+            [eps],
+            **where,
+        )
+        return (dx, *scale.checked(), *shift.checked())
+
+    def group_norm_moments(self, dy, x, mean, rstd, weight, groups, eps, constant=False, **where):
+        (batch, channels, size), dtype = dy.shape, dy.dtype if weight is None else weight.dtype
+        dx = torch.full(dy.shape, float("nan"), dtype=dy.dtype)
+        scale, shift = (Outputs((channels,), dy, dtype) for _ in range(2))
+        self.call(
+            "group_norm_moments",
+            [batch, channels, size, groups, constant, CODES[dy.dtype], CODES[dtype]],
+            [dy, x, mean, rstd, weight, dx, *scale.tensors, *shift.tensors],
+            [eps],
+            **where,
+        )
+        return (dx, *scale.checked(), *shift.checked())
+
+    def embedding_moments(self, dy: Tensor, indices: Tensor, rows: int, padding_idx=-1, dtype=None, **where):
+        (batch, positions, width), dtype = dy.shape, dtype or dy.dtype
+        weight = Outputs((rows, width), dy, dtype)
+        found, order = torch.sort(indices.flatten().long(), stable=True)
+        self.call(
+            "embedding_moments",
+            [batch, positions, rows, width, CODES[dy.dtype], *dy.stride(), padding_idx, CODES[dtype]],
+            [dy, *weight.tensors, found, order],
+            **where,
+        )
+        return weight.checked()
+
+    def optimizer_step_(self, params, grads, sums, exp_avg, exp_avg_sq, seen, violations, **options):
+        """The arguments of the op, all on what is contiguous."""
+        o = {
+            "n_g": 1.0, "n_s": 1.0, "eps": 0.0, "weight_decay": 0.0, "centered": False, "squared_denominator": False,
+            "lr_times_eps": False, "correct_g": True, "correct_s": True, "power": False, "mean_reduction": True,
+            "maximize": False, "guard_rounds": 0, "grad_scale": None, "found_inf": None, **options,
+        }  # fmt: skip
+        starts = ops.optimizer.state_starts(params)
+        numbers, arrays = [], []
+        for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad is None:
+                continue
+            numbers += [p.numel(), starts[i], i, CODES[p.dtype], CODES[grad.dtype]]
+            arrays += [p, grad, sums[i] if sums else None]
+        state = exp_avg if exp_avg is not None else exp_avg_sq
+        scalars = [None if o[k] is None else o[k].double() for k in ("batch_size", "lr", "grad_scale", "found_inf")]
+        flags = ("centered", "squared_denominator", "lr_times_eps", "correct_g", "correct_s", "power")
+        self.call(
+            "optimizer_step_",
+            [len(arrays) // 3, *numbers, CODES[torch.float32 if state is None else state.dtype]]
+            + [int(o[name]) for name in (*flags, "mean_reduction", "maximize", "guard_rounds")],
+            [*arrays, exp_avg, exp_avg_sq, seen, violations, *scalars],
+            [o["n_g"], o["n_s"]]
+            + [-math.inf if o[n] == 1 else math.log1p(-1 / o[n]) for n in ("n_g", "n_s")]
+            + [o["eps"], o["weight_decay"]],
+            seed=o.get("seed", 1),
+        )
 
 
 class Outputs:

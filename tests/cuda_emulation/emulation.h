@@ -320,6 +320,7 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (as_bits(x) + 0x1000) & 0xffffe000u : as_bits(x);
 }
 
+inline void trap() { emulation::fail("trap"); }
 inline int opaque(int x) { return x; }
 
 inline uint32_t shared_address(const void* p) {

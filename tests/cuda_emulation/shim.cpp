@@ -43,12 +43,12 @@ void* allocate(void* ctx, int64_t bytes) {
 // Integers, pointers and reals are those of the op's struct, in the order of its fields. Returns
 // null, or what went wrong; `workspace` is the bytes asked for.
 extern "C" PX_EXPORT const char* px_call(const char* op, const int64_t* integers,
-                                         void* const* pointers,
-                                         [[maybe_unused]] const double* reals, int capability,
+                                         void* const* pointers, const double* reals, int capability,
                                          int multiprocessors, uint32_t seed, int64_t* workspace) {
   using namespace perexample::cuda;
   auto n = [&] { return *integers++; };
   auto p = [&] { return *pointers++; };
+  auto r = [&] { return *reals++; };
   auto type = [&] { return static_cast<DType>(n()); };
   auto is = [&](const char* name) { return std::strcmp(op, name) == 0; };
   static std::string error;
@@ -65,6 +65,62 @@ extern "C" PX_EXPORT const char* px_call(const char* op, const int64_t* integers
       bias_moments({n(), n(), n(), type(), p(), {n(), n(), n()}, type(), p(), p()}, device);
     } else if (is("reduce_moments")) {
       reduce_moments({n(), n(), type(), p(), {n(), n()}, type(), p(), p()}, device);
+    } else if (is("conv_moments")) {
+      Conv a{};
+      a.B = n(), a.C = n(), a.O = n(), a.groups = n();
+      for (int64_t* list : {a.in, a.out, a.kernel, a.stride, a.padding, a.dilation}) {
+        for (int i = 0; i < 3; ++i) list[i] = n();
+      }
+      a.dtype = type(), a.dy = p();
+      for (int64_t& stride : a.dy_stride) stride = n();
+      a.x = p();
+      for (int64_t& stride : a.x_stride) stride = n();
+      a.grad_dtype = type(), a.dw = p(), a.dw_sq = p(), a.db = p(), a.db_sq = p();
+      conv_moments(a, device);
+    } else if (is("layer_norm_moments")) {
+      LayerNorm a{};
+      a.B = n(), a.T = n(), a.D = n(), a.centered = n(), a.eps = r(), a.dtype = type();
+      a.weight_dtype = type();
+      a.dy = p(), a.x = p(), a.mean = p(), a.rstd = p(), a.weight = p();
+      for (int64_t* stride : {a.dy_stride, a.x_stride}) stride[0] = n(), stride[1] = n();
+      a.dx = p(), a.dw = p(), a.dw_sq = p(), a.db = p(), a.db_sq = p();
+      layer_norm_moments(a, device);
+    } else if (is("group_norm_moments")) {
+      GroupNorm a{};
+      a.B = n(), a.C = n(), a.S = n(), a.groups = n(), a.constant = n(), a.eps = r();
+      a.dtype = type(), a.weight_dtype = type();
+      a.dy = p(), a.x = p(), a.mean = p(), a.rstd = p(), a.weight = p();
+      a.dx = p(), a.dw = p(), a.dw_sq = p(), a.db = p(), a.db_sq = p();
+      group_norm_moments(a, device);
+    } else if (is("embedding_moments")) {
+      Embedding a{};
+      a.B = n(), a.T = n(), a.V = n(), a.D = n(), a.dtype = type(), a.dy = p();
+      for (int64_t& stride : a.dy_stride) stride = n();
+      a.padding_idx = n(), a.grad_dtype = type(), a.dw = p(), a.dw_sq = p();
+      const auto* rows = static_cast<const int64_t*>(p());
+      embedding_moments(a, rows, static_cast<const int64_t*>(p()), device);
+    } else if (is("optimizer_step_")) {
+      std::vector<OptimizerTensor> tensors(static_cast<size_t>(n()));
+      for (OptimizerTensor& t : tensors) {
+        t = {n(), n(), static_cast<int32_t>(n()), type(), type(), p(), p(), p()};
+      }
+      Optimizer o{};
+      o.count = static_cast<int64_t>(tensors.size()), o.tensors = tensors.data();
+      o.state_dtype = type(), o.exp_avg = p(), o.exp_avg_sq = p();
+      o.examples_seen = static_cast<double*>(p()), o.violations = static_cast<int32_t*>(p());
+      o.seen_stride = o.flag_stride = 1;
+      for (Scalar* s : {&o.batch_size, &o.lr, &o.grad_scale, &o.found_inf}) {
+        s->on_device = static_cast<const double*>(p());
+      }
+      o.has_grad_scale = o.grad_scale.on_device, o.has_found_inf = o.found_inf.on_device;
+      o.n_g = r(), o.n_s = r(), o.log_keep_g = r(), o.log_keep_s = r(), o.eps = r();
+      o.weight_decay = r();
+      for (bool* flag : {&o.centered, &o.squared_denominator, &o.lr_times_eps, &o.correct_g,
+                         &o.correct_s, &o.power, &o.mean_reduction, &o.maximize}) {
+        *flag = n();
+      }
+      o.guard_rounds = n();
+      optimizer_step(o, device);
     } else {
       throw std::runtime_error("no such op");
     }
