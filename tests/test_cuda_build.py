@@ -90,7 +90,18 @@ print(report())
 
 
 # Ops with CUDA kernels -> file of csrc/bindings.
-OPS = {"linear_moments": "linear", "bias_moments": "reduce", "reduce_moments": "reduce"}
+OPS = {
+    "linear_moments": "linear",
+    "bias_moments": "reduce",
+    "reduce_moments": "reduce",
+    "conv_moments": "conv",
+    "embedding_moments": "embedding",
+    "layer_norm_moments": "norm",
+    "rms_norm_moments": "norm",
+    "group_norm_moments": "norm",
+    "batch_norm_moments": "norm",
+    "optimizer_step_": "optimizer",
+}
 
 # Kernel -> most registers a thread, and instructions that must be in it, one of each group.
 KERNELS = {
@@ -102,6 +113,13 @@ KERNELS = {
     "add_bias_slots": (64, [("LDG",)]),
     "column_moments": (128, [("LDG",)]),
     "add_columns": (128, [("LDG",)]),
+    "few_channels": (128, [("LDG",)]),
+    "reorder": (64, [("LDG",)]),
+    "layer_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
+    "group_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
+    "embedding_runs": (64, [("LDG",)]),
+    "step_batch": (128, [("LDG",), ("STG",), ("MUFU",)]),
+    "count_examples": (64, [("DADD",)]),
 }
 # Local memory means that registers did not suffice; atomic additions have no fixed order.
 FORBIDDEN = ("LDL", "STL", "ATOM", "ATOMG", "ATOMS", "RED")

@@ -130,7 +130,9 @@ def test_layer_norm_of_rows_too_long_for_shared_memory(lib):
 
 
 @every_dtype
-@pytest.mark.parametrize(("shape", "groups"), [((3, 6, 5), 2), ((2, 4, 1100), 1), ((2, 8, 35), 8), ((4, 6, 1), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 6, 5), 2), ((2, 4, 1100), 1), ((2, 8, 35), 8), ((4, 6, 1), 3)], ids=str
+)
 def test_group_norm(lib, shape, groups, dtype):
     dy, x, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[1], dtype=dtype)
     variance, mean = torch.var_mean(x.to(wide(dtype)).reshape(shape[0], groups, -1), 2, correction=0)
@@ -238,7 +240,9 @@ def check_step(lib, arguments, dtype, **o):
         if g.dtype in (torch.int32,) or g is got[5]:
             assert torch.equal(g, e)
         elif g.numel():
-            assert_within_budget(g, e.double(), s, g.dtype if g.dtype in (torch.bfloat16, torch.float16) else wide(dtype), "step")
+            assert_within_budget(
+                g, e.double(), s, g.dtype if g.dtype in (torch.bfloat16, torch.float16) else wide(dtype), "step"
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,7 +251,9 @@ def test_step(lib, kind, step):
     check_step(lib, step_arguments(KINDS[kind]), torch.float32, **options(KINDS[kind], **STEPS[step]))
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype"), [(a, b) for a in DTYPES for b in DTYPES if (a, b) != (torch.float32,) * 2], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [(a, b) for a in DTYPES for b in DTYPES if (a, b) != (torch.float32,) * 2], ids=str
+)
 def test_step_of_other_dtypes(lib, dtype, grad_dtype):
     kind = KINDS["adam"]
     check_step(lib, step_arguments(kind, dtype, grad_dtype), dtype, **options(kind))

@@ -108,9 +108,9 @@ Shape contiguous_strides(const Shape& shape) {
 
 Where::Where() : type(aoti_torch_device_type_cpu()) {}
 
-Where::Where(const Tensor& tensor) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+Where::Where(AtenTensorHandle tensor) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
   index = std::max(index, 0);
 }
 

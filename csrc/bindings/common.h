@@ -52,7 +52,8 @@ struct Where {
   int32_t type, index = 0;
 
   Where();
-  explicit Where(const Tensor& tensor);
+  explicit Where(AtenTensorHandle tensor);
+  explicit Where(const Tensor& tensor) : Where(tensor.get()) {}
   bool operator==(const Where&) const = default;
   bool on_cuda() const;
 };

@@ -1,12 +1,13 @@
-#include "common.h"
+#include "cuda.h"
 
 namespace perexample {
 namespace {
 
-Four conv_moments(const Tensor dy, const Tensor x, const Ints kernel_size, const Ints stride,
+Four conv_moments(const Tensor dy_in, const Tensor x, const Ints kernel_size, const Ints stride,
                   const Ints padding, const Ints dilation, int64_t groups, bool bias,
                   std::optional<ScalarType> dtype) {
   constexpr const char* op = "conv_moments";
+  Tensor dy = dy_in;
   STD_TORCH_CHECK(dy.dim() >= 3 && dy.dim() <= 5 && x.dim() == dy.dim() && dy.size(0) == x.size(0),
                   op, ": dy must be (B, O, *out) and x (B, C, *in), 3 to 5 dimensions");
   size_t spatial = static_cast<size_t>(dy.dim() - 2), missing = 3 - spatial;
@@ -43,15 +44,31 @@ Four conv_moments(const Tensor dy, const Tensor x, const Ints kernel_size, const
   a.grad_dtype = gradient_dtype(op, dtype, a.dtype);
   Shape shape{a.O, a.C / groups};
   shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
-  Moments weight(true, shape, a.grad_dtype, a.dtype);
-  Moments column(bias, {a.O}, a.grad_dtype, a.dtype);
+  const Where where(dy);
+  STD_TORCH_CHECK(Where(x) == where, op, ": x must be on the device of dy");
+  Moments weight(true, shape, a.grad_dtype, a.dtype, where);
+  Moments column(bias, {a.O}, a.grad_dtype, a.dtype, where);
   a.dy = dy.const_data_ptr(), a.x = x.const_data_ptr();
   a.dw = weight.sum_data(), a.dw_sq = weight.sum_sq_data();
   a.db = column.sum_data(), a.db_sq = column.sum_sq_data();
-  cpu::kernels().conv_moments(a, parallel());
+  if (where.on_cuda()) {
+    if (cuda::positions_stride(a) < 0) {
+      dy = torch::stable::contiguous(dy);
+      a.dy = dy.const_data_ptr(), a.dy_stride[0] = dy.stride(0), a.dy_stride[1] = dy.stride(1);
+      for (size_t d = missing; d < 3; ++d) {
+        a.dy_stride[d + 2] = dy.stride(static_cast<int64_t>(d - missing) + 2);
+      }
+    }
+    cuda::conv_moments(a, OnCuda(where));
+  } else {
+    cpu::kernels().conv_moments(a, parallel());
+  }
   return {weight.sum, weight.sum_sq, column.sum, column.sum_sq};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) { m.impl("conv_moments", TORCH_BOX(&conv_moments)); }
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("conv_moments", TORCH_BOX(&conv_moments));
+}
 
 }  // namespace
 }  // namespace perexample

@@ -1,7 +1,20 @@
-#include "common.h"
+#include <array>
+
+#include "cuda.h"
 
 namespace perexample {
 namespace {
+
+// The B T indices in ascending order, and where each comes from; equal ones keep their order.
+Two sorted(const Tensor& indices) {
+  Tensor flat = torch::stable::reshape(indices, {indices.numel()});
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(flat), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
 
 Two embedding_moments(const Tensor dy, const Tensor indices, int64_t num_embeddings,
                       int64_t padding_idx, std::optional<ScalarType> dtype) {
@@ -24,20 +37,33 @@ Two embedding_moments(const Tensor dy, const Tensor indices, int64_t num_embeddi
   a.indices = static_cast<const int64_t*>(rows.const_data_ptr());
   copy_strides(dy, a.dy_stride);
   copy_strides(rows, a.index_stride);
-  for (int64_t b = 0; b < a.B; ++b) {
-    for (int64_t t = 0; t < a.T; ++t) {
-      int64_t row = a.indices[b * a.index_stride[0] + t * a.index_stride[1]];
-      STD_TORCH_CHECK(row >= 0 && row < a.V, op, ": index out of range: indices must be in [0, ",
-                      a.V, "), got ", row);
+  const Where where(dy);
+  STD_TORCH_CHECK(Where(rows) == where, op, ": indices must be on the device of dy");
+  if (!where.on_cuda()) {
+    for (int64_t b = 0; b < a.B; ++b) {
+      for (int64_t t = 0; t < a.T; ++t) {
+        int64_t row = a.indices[b * a.index_stride[0] + t * a.index_stride[1]];
+        STD_TORCH_CHECK(row >= 0 && row < a.V, op, ": index out of range: indices must be in [0, ",
+                        a.V, "), got ", row);
+      }
     }
   }
-  Moments weight(true, {a.V, a.D}, a.grad_dtype, a.dtype);
+  Moments weight(true, {a.V, a.D}, a.grad_dtype, a.dtype, where);
   a.dw = weight.sum_data(), a.dw_sq = weight.sum_sq_data();
-  cpu::kernels().embedding_moments(a, parallel());
+  if (where.on_cuda()) {
+    auto [found, order] = sorted(rows);
+    cuda::embedding_moments(a, static_cast<const int64_t*>(found.const_data_ptr()),
+                            static_cast<const int64_t*>(order.const_data_ptr()), OnCuda(where));
+  } else {
+    cpu::kernels().embedding_moments(a, parallel());
+  }
   return {weight.sum, weight.sum_sq};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("embedding_moments", TORCH_BOX(&embedding_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("embedding_moments", TORCH_BOX(&embedding_moments));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include <type_traits>
 
-#include "common.h"
+#include "cuda.h"
 
 namespace perexample {
 namespace {
@@ -25,7 +25,8 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
 // All norms differ only in what the three dimensions mean; `a` comes with its sizes.
 template <class Norm>
 Five norm_moments(Norm a, const Arguments& arguments,
-                  void (*kernel)(const Norm&, const cpu::Parallel&)) {
+                  void (*kernel)(const Norm&, const cpu::Parallel&),
+                  void (*cuda_kernel)(const Norm&, const cuda::Device&)) {
   constexpr bool rows = std::is_same_v<Norm, cpu::LayerNorm>;
   const auto& [op, dy_in, x_in, mean_in, rstd_in, weight_in, wanted, statistics, channels] =
       arguments;
@@ -50,15 +51,29 @@ Five norm_moments(Norm a, const Arguments& arguments,
     a.dy_stride[0] = dy.stride(0), a.dy_stride[1] = dy.stride(1);
     a.x_stride[0] = x.stride(0), a.x_stride[1] = x.stride(1);
   }
-  Tensor dx = empty(wanted[0] ? shape : Shape{0}, a.dtype);
-  Moments scale(wanted[1], {channels}, a.weight_dtype, a.dtype);
-  Moments shift(wanted.size() > 2 && wanted[2], {channels}, a.weight_dtype, a.dtype);
+  const Where where(dy);
+  for (const Optional* t : {&mean, &rstd, &weight}) {
+    STD_TORCH_CHECK(!*t || Where(**t) == where, op, ": all tensors must be on one device");
+  }
+  STD_TORCH_CHECK(Where(x) == where, op, ": x must be on the device of dy");
+  Tensor dx = empty(wanted[0] ? shape : Shape{0}, a.dtype, where);
+  Moments scale(wanted[1], {channels}, a.weight_dtype, a.dtype, where);
+  Moments shift(wanted.size() > 2 && wanted[2], {channels}, a.weight_dtype, a.dtype, where);
   a.dy = dy.const_data_ptr(), a.x = x.const_data_ptr();
   a.mean = data_or_null(mean), a.rstd = data_or_null(rstd), a.weight = data_or_null(weight);
   a.dx = dx.mutable_data_ptr();
   a.dw = scale.sum_data(), a.dw_sq = scale.sum_sq_data();
   a.db = shift.sum_data(), a.db_sq = shift.sum_sq_data();
-  kernel(a, parallel());
+  // Without elements the pointers may be anything; the launchers know what is wanted by null.
+  auto null_unless = [](bool is_wanted, void*& data) { data = is_wanted ? data : nullptr; };
+  null_unless(wanted[0], a.dx);
+  for (void** data : {&a.dw, &a.dw_sq}) null_unless(wanted[1], *data);
+  for (void** data : {&a.db, &a.db_sq}) null_unless(wanted.size() > 2 && wanted[2], *data);
+  if (where.on_cuda()) {
+    cuda_kernel(a, OnCuda(where));
+  } else {
+    kernel(a, parallel());
+  }
   return {dx, scale.sum, scale.sum_sq, shift.sum, shift.sum_sq};
 }
 
@@ -80,10 +95,13 @@ Five layer_norm_moments(const Tensor dy, const Tensor x, const Optional mean, co
   cpu::LayerNorm a{};
   a.B = dy.size(0), a.T = dy.size(1), a.D = dy.size(2), a.eps = eps, a.centered = true;
   return norm_moments(a, {op, dy, x, mean, rstd, weight, output_mask, {a.B, a.T}, a.D},
-                      cpu::kernels().layer_norm_moments);
+                      cpu::kernels().layer_norm_moments, cuda::layer_norm_moments);
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("layer_norm_moments", TORCH_BOX(&layer_norm_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("layer_norm_moments", TORCH_BOX(&layer_norm_moments));
 }
 
 Three rms_norm_moments(const Tensor dy, const Tensor x, const Optional rstd, const Optional weight,
@@ -95,11 +113,14 @@ Three rms_norm_moments(const Tensor dy, const Tensor x, const Optional rstd, con
   a.B = dy.size(0), a.T = dy.size(1), a.D = dy.size(2), a.eps = eps, a.centered = false;
   Five results =
       norm_moments(a, {op, dy, x, std::nullopt, rstd, weight, output_mask, {a.B, a.T}, a.D},
-                   cpu::kernels().layer_norm_moments);
+                   cpu::kernels().layer_norm_moments, cuda::layer_norm_moments);
   return {std::get<0>(results), std::get<1>(results), std::get<2>(results)};
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("rms_norm_moments", TORCH_BOX(&rms_norm_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("rms_norm_moments", TORCH_BOX(&rms_norm_moments));
 }
 
 Five group_norm_moments(const Tensor dy, const Tensor x, const Optional mean, const Optional rstd,
@@ -113,10 +134,13 @@ Five group_norm_moments(const Tensor dy, const Tensor x, const Optional mean, co
   cpu::GroupNorm a{};
   a.B = dy.size(0), a.C = dy.size(1), a.S = dy.size(2), a.groups = groups, a.eps = eps;
   return norm_moments(a, {op, dy, x, mean, rstd, weight, output_mask, {a.B, groups}, a.C},
-                      cpu::kernels().group_norm_moments);
+                      cpu::kernels().group_norm_moments, cuda::group_norm_moments);
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("group_norm_moments", TORCH_BOX(&group_norm_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("group_norm_moments", TORCH_BOX(&group_norm_moments));
 }
 
 Five batch_norm_moments(const Tensor dy, const Tensor x, const Tensor mean, const Tensor rstd,
@@ -127,10 +151,13 @@ Five batch_norm_moments(const Tensor dy, const Tensor x, const Tensor mean, cons
   cpu::GroupNorm a{};
   a.B = dy.size(0), a.C = a.groups = dy.size(1), a.S = dy.size(2), a.constant = true;
   return norm_moments(a, {op, dy, x, mean, rstd, weight, output_mask, {a.C}, a.C},
-                      cpu::kernels().group_norm_moments);
+                      cpu::kernels().group_norm_moments, cuda::group_norm_moments);
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("batch_norm_moments", TORCH_BOX(&batch_norm_moments));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("batch_norm_moments", TORCH_BOX(&batch_norm_moments));
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <utility>
 
-#include "common.h"
+#include "cuda.h"
 
 namespace perexample {
 namespace {
@@ -125,7 +125,7 @@ struct Layout {
 // takes back what the step has written.
 class Staging {
  public:
-  explicit Staging(AtenTensorHandle param) : common_(param) {
+  Staging(AtenTensorHandle param, Where where) : common_(param), where_(where) {
     if (!common_.dense()) common_.strides = contiguous_strides(common_.sizes);
   }
 
@@ -136,7 +136,8 @@ class Staging {
     if (own.same_order(common_)) return tensor;
     int32_t dtype;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-    copies_.push_back({tensor, empty_strided(common_.sizes, common_.strides, dtype), written});
+    copies_.push_back(
+        {tensor, empty_strided(common_.sizes, common_.strides, dtype, where_), written});
     AtenTensorHandle copy = copies_.back().tensor.get();
     TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy, tensor, 0));
     return copy;
@@ -157,6 +158,7 @@ class Staging {
     bool written;
   };
   Layout common_;
+  Where where_;
   std::vector<Copy> copies_;
 };
 
@@ -223,6 +225,78 @@ struct State {
   void* at(int64_t start) const { return data == nullptr ? nullptr : data + start * item; }
 };
 
+// A scalar for the CUDA kernel: one on the device is read there, when the kernel runs.
+struct DeviceScalar {
+  Optional held;
+  cuda::Scalar scalar{nullptr, 0};
+
+  DeviceScalar(const char* name, const Optional& tensor) {
+    if (!tensor) return;
+    if (!Where(*tensor).on_cuda()) {
+      scalar.value = perexample::scalar(name, *tensor);
+      return;
+    }
+    STD_TORCH_CHECK(tensor->numel() == 1, kOp, ": ", name, " must have one element");
+    held = torch::stable::to(*tensor, ScalarType::Double);
+    scalar.on_device = static_cast<const double*>(held->const_data_ptr());
+  }
+};
+
+// The tensors of a step on CUDA; `step` has everything else.
+void step_on_cuda(cuda::Optimizer step, const TensorList<false>& params,
+                  const TensorList<true>& grads, const TensorList<true>& sums_grad_squared,
+                  const Optional& exp_avg, const Optional& exp_avg_sq, Where where) {
+  const size_t count = params.size();
+  const bool per_example = sums_grad_squared.size() != 0, stateful = exp_avg || exp_avg_sq;
+  if (stateful) step.state_dtype = dtype_of(kOp, "state", exp_avg ? *exp_avg : *exp_avg_sq);
+  int64_t length = 0;
+  for (size_t i = 0; i < count; ++i) length += padded(numel(params[i]));
+  step.exp_avg = State(exp_avg, "exp_avg", step.state_dtype, length).at(0);
+  step.exp_avg_sq = State(exp_avg_sq, "exp_avg_sq", step.state_dtype, length).at(0);
+  std::vector<cuda::OptimizerTensor> tensors;
+  std::vector<Staging> stagings;
+  int64_t start = 0;
+  for (size_t i = 0; i < count; ++i) {
+    AtenTensorHandle p = params[i], grad = grads[i];
+    AtenTensorHandle sum = per_example ? sums_grad_squared[i] : nullptr;
+    cuda::OptimizerTensor t{};
+    t.n = numel(p), t.start = start, t.index = static_cast<int32_t>(i);
+    start += padded(t.n);
+    if (grad == nullptr) continue;
+    t.param_dtype = dtype_of(kOp, "params", p), t.grad_dtype = dtype_of(kOp, "grads", grad);
+    const DType wide = accumulate_dtype(t.param_dtype);
+    STD_TORCH_CHECK(!per_example || sum != nullptr, kOp,
+                    ": sums_grad_squared must be None only where the gradient is");
+    STD_TORCH_CHECK(sum == nullptr || dtype_of(kOp, "sums_grad_squared", sum) == wide, kOp,
+                    ": sums_grad_squared must be float32 (float64 for float64 parameters)");
+    STD_TORCH_CHECK(!stateful || step.state_dtype == wide ||
+                        (step.state_dtype == DType::bf16 && wide == DType::f32),
+                    kOp,
+                    ": exp_avg and exp_avg_sq must be float32 or bfloat16 (float64 for float64 "
+                    "parameters)");
+    for (AtenTensorHandle tensor : {p, grad, sum}) {
+      STD_TORCH_CHECK(tensor == nullptr || Where(tensor) == where, kOp,
+                      ": all tensors must be on the device of examples_seen");
+    }
+    bool plain = is_contiguous(p);
+    for (AtenTensorHandle tensor : {grad, sum}) {
+      plain = plain && (tensor == nullptr || (is_contiguous(tensor) && numel(tensor) == t.n));
+    }
+    if (!plain) {
+      Staging& staging = stagings.emplace_back(p, where);
+      p = staging.stage(p, true);
+      grad = staging.stage(grad, false);
+      if (sum != nullptr) sum = staging.stage(sum, false);
+    }
+    t.param = data(p), t.grad = const_data(grad);
+    t.sum_grad_squared = sum == nullptr ? nullptr : const_data(sum);
+    tensors.push_back(t);
+  }
+  step.count = static_cast<int64_t>(tensors.size()), step.tensors = tensors.data();
+  cuda::optimizer_step(step, OnCuda(where));
+  for (const Staging& staging : stagings) staging.finish();
+}
+
 void optimizer_step_(const TensorList<false>& params, const TensorList<true>& grads,
                      const TensorList<true>& sums_grad_squared, const Optional exp_avg,
                      const Optional exp_avg_sq, const Tensor examples_seen, const Tensor violations,
@@ -245,6 +319,27 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
                   kOp, ": examples_seen must be float64 and violations int32");
   STD_TORCH_CHECK(!centered || (exp_avg && exp_avg_sq), kOp,
                   ": centered needs exp_avg and exp_avg_sq");
+  const Where where(examples_seen);
+  STD_TORCH_CHECK(Where(violations) == where, kOp,
+                  ": violations must be on the device of examples_seen");
+  if (where.on_cuda()) {
+    cuda::Optimizer step{};
+    step.n_g = n_g, step.n_s = n_s, step.eps = eps, step.weight_decay = weight_decay;
+    step.log_keep_g = std::log1p(-1 / n_g), step.log_keep_s = std::log1p(-1 / n_s);
+    step.centered = centered, step.squared_denominator = squared_denominator;
+    step.lr_times_eps = lr_times_eps, step.correct_g = correct_g, step.correct_s = correct_s;
+    step.power = power, step.mean_reduction = mean_reduction, step.maximize = maximize;
+    step.guard_rounds = per_example ? guard_rounds : 0;
+    step.examples_seen = static_cast<double*>(examples_seen.mutable_data_ptr());
+    step.violations = static_cast<int32_t*>(violations.mutable_data_ptr());
+    step.seen_stride = examples_seen.stride(0), step.flag_stride = violations.stride(0);
+    DeviceScalar b("batch_size", batch_size), rate("lr", lr);
+    DeviceScalar scale("grad_scale", grad_scale), inf("found_inf", found_inf);
+    step.batch_size = b.scalar, step.lr = rate.scalar;
+    step.grad_scale = scale.scalar, step.found_inf = inf.scalar;
+    step.has_grad_scale = grad_scale.has_value(), step.has_found_inf = found_inf.has_value();
+    return step_on_cuda(step, params, grads, sums_grad_squared, exp_avg, exp_avg_sq, where);
+  }
   if (found_inf && scalar("found_inf", *found_inf) != 0) return;
 
   double batch = scalar("batch_size", batch_size), rate = batch * scalar("lr", lr);
@@ -291,7 +386,7 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
       plain = plain && (t == nullptr || (is_contiguous(t) && numel(t) == a.n));
     }
     if (!plain) {
-      Staging& staging = stagings.emplace_back(p);
+      Staging& staging = stagings.emplace_back(p, where);
       p = staging.stage(p, true);
       grad = staging.stage(grad, false);
       if (sum != nullptr) sum = staging.stage(sum, false);
@@ -330,6 +425,9 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
   m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_));
+}
+STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
+  if (cuda::built) m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_));
 }
 
 }  // namespace

@@ -111,7 +111,9 @@ class Emulated:
         )
         return out.checked()
 
-    def conv_moments(self, dy: Tensor, x: Tensor, kernel, stride, padding, dilation, groups, bias=True, dtype=None, **where):
+    def conv_moments(
+        self, dy: Tensor, x: Tensor, kernel, stride, padding, dilation, groups, bias=True, dtype=None, **where
+    ):
         missing = 5 - dy.dim()
 
         def three(values, fill=1):
