@@ -1,5 +1,6 @@
 # make test   sets up and runs the tests and the linters     make bench   sets up and runs the benchmark
 # make build  only sets up                                   make lint    only the linters
+# make gpu    sets up and runs the tests on a GPU            (bench/GPU_TODO.md: what else is to be run on one)
 #
 # Uses the Python in use if it has torch, else makes .venv and installs into it.
 # Variables: PYTHON, TORCH (requirement to install where torch is missing), FULL=1 (bench), ARGS (for pytest, bench).
@@ -23,13 +24,17 @@ SOURCES := $(shell find $(ROOT)/csrc $(ROOT)/build_support -type f ! -name "*.py
 # One stamp per interpreter: another environment is another installation.
 STAMP := $(ROOT)/build/installed-$(shell echo "$(PY) $$($(PYTHON) -c 'import sys; print(sys.prefix)')" | cksum | cut -d' ' -f1)
 
-.PHONY: test bench build lint
+.PHONY: test bench build lint gpu
 test: build
 	cd $(ROOT) && $(PY) -m pytest $(ARGS)
 	$(MAKE) -f $(ROOT)/Makefile --no-print-directory lint
 
 bench: build
 	cd $(ROOT) && $(PY) -m bench $(if $(filter 1,$(FULL)),--full) $(ARGS)
+
+gpu: build
+	cd $(ROOT) && $(PY) -m perexample
+	cd $(ROOT) && $(PY) -m bench.gpu tests
 
 lint: build
 	cd $(ROOT) && $(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the other ops on the CPU, like tests/test_cuda_emulation.py: convolution, norms, embedding, step."""
+"""The CUDA kernels of convolution, norms, embedding and the step, run on the CPU like tests/test_cuda_emulation.py."""
 
 import sys
 from pathlib import Path

@@ -127,10 +127,10 @@ class Emulated:
         column = Outputs(dy.shape[1:2], dy, dtype)
         sizes = [*three(x.shape[2:]), *three(dy.shape[2:]), *three(kernel), *three(stride)]
         sizes += [*three(padding, 0), *three(dilation)]
+        sizes += [CODES[dy.dtype], *strides(dy), *strides(x), CODES[dtype]]
         self.call(
             "conv_moments",
-            [dy.shape[0], x.shape[1], dy.shape[1], groups, *sizes, CODES[dy.dtype], *strides(dy), *strides(x)]
-            + [CODES[dtype]],
+            [dy.shape[0], x.shape[1], dy.shape[1], groups, *sizes],
             [dy, x, *weight.tensors, *(column.tensors if bias else (None, None))],
             **where,
         )
