@@ -27,14 +27,14 @@ void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch
                     const Matrix& out, const Device& device) {
   if (!vectors(dy, Tiles<kMath, true, kSquares>::Small::kElement) ||
       !vectors(x, Tiles<kMath, true, kSquares>::Small::kElement)) {
-    launch_mma<typename Tiles<kMath, false, kSquares, X>::Small>(dy, x, groups, batch, positions, out,
-                                                              device);
+    launch_mma<typename Tiles<kMath, false, kSquares, X>::Small>(dy, x, groups, batch, positions,
+                                                                 out, device);
   } else if (small(out)) {
-    launch_mma<typename Tiles<kMath, true, kSquares, X>::Small>(dy, x, groups, batch, positions, out,
-                                                             device);
+    launch_mma<typename Tiles<kMath, true, kSquares, X>::Small>(dy, x, groups, batch, positions,
+                                                                out, device);
   } else {
-    launch_mma<typename Tiles<kMath, true, kSquares, X>::Large>(dy, x, groups, batch, positions, out,
-                                                             device);
+    launch_mma<typename Tiles<kMath, true, kSquares, X>::Large>(dy, x, groups, batch, positions,
+                                                                out, device);
   }
 }
 
