@@ -17,8 +17,7 @@ class Linear(MomentModule, nn.Linear):
     Equivalent to ``torch.nn.Linear`` in everything else: arguments, initialisation, state_dict, output.
 
     Raises:
-        ValueError: in a converted model in training, if dimension 0 of the input is not the batch, or if the layer
-            is called twice in one forward pass.
+        ValueError: in a converted model in training, if dimension 0 of the input is not the batch.
     """
 
     _reusable = True
