@@ -37,7 +37,6 @@ inline constexpr int kMaxTileRows = kManyRegisters ? 12 : 6;
 
 PX_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 PX_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-PX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Makes GCC load a vector once, instead of once for every product that uses it.
 template <class V>

@@ -172,24 +172,38 @@ struct Optimizer {
   double step_size, decay, eps;
 };
 
-// One step of an LSTM: gates (B, 4 H) come before activation and leave after it, i, f, g, o;
-// state = f cell + i g;  h = o tanh(state). Rows are contiguous, a stride apart.
-struct LstmCell {
-  int64_t B, H;
-  DType dtype;
-  void* gates;
-  const void* cell;
-  void *state, *h;
-  int64_t gates_stride, cell_stride, state_stride, h_stride;
+// An LSTM over T steps. gates (T, B, 4 H) come as the products with the input and leave activated:
+// i, f, g, o. Of states (T + 1, B, P) and cells (T + 1, B, H) the first is given, the last where
+// time runs backward (`reverse`):
+//   cell = f cell + i g;  h = o tanh(cell), times weight_hr where there is one, else P = H.
+// At step t the first active[t] examples are there; the others' states are carried on.
+struct Lstm {
+  int64_t T, B, H, P;
+  DType dtype;  // f32 or f64
+  bool reverse;
+  const int64_t* active;  // null: all
+  const void* weight_hh;  // (4 H, P)
+  const void* weight_hr;  // (P, H) or null
+  void* workspace;        // workspace_size() elements, 64-byte aligned
+  void *gates, *states, *cells;
+
+  // Of every number of packed columns.
+  static constexpr int64_t kPadding = 32;
+  int64_t workspace_size() const {
+    const int64_t columns = (4 * H + kPadding) * P, rows = 4 * H * (P + kPadding);
+    const int64_t projection = (P + kPadding) * (H + kPadding);
+    return (columns > rows ? columns : rows) + (weight_hr == nullptr ? 0 : projection);
+  }
 };
 
-// Its backward: dc, the gradient of state, becomes that of cell; dgates (B, 4 H) before activation.
-struct LstmCellBackward {
-  int64_t B, H;
-  DType dtype;
-  void *dgates, *dc;
-  const void *dh, *gates, *state, *cell;
-  int64_t dgates_stride, dc_stride, dh_stride, gates_stride, state_stride, cell_stride;
+// Its backward: dh and dc, the gradients of the last states, become those of the first. dgates
+// (T, B, 4 H) before activation; dstates (T, B, P), of the states, where there is a weight_hr. Both
+// are 0 where an example is not there.
+struct LstmBackward {
+  Lstm forward;  // without states
+  const void* dy;
+  int64_t dy_stride[2];  // t, b; rows are contiguous
+  void *dgates, *dstates, *dh, *dc;
 };
 
 // Backward of one step of a GRU, n = tanh(x_n + r hidden), h = (1 - z) n + z state: dgates of the
@@ -211,8 +225,8 @@ struct Kernels {
   void (*embedding_moments)(const Embedding&, const Parallel&);
   void (*layer_norm_moments)(const LayerNorm&, const Parallel&);
   void (*group_norm_moments)(const GroupNorm&, const Parallel&);
-  void (*lstm_cell)(const LstmCell&, const Parallel&);
-  void (*lstm_cell_backward)(const LstmCellBackward&, const Parallel&);
+  void (*lstm_forward)(const Lstm&, const Parallel&);
+  void (*lstm_backward)(const LstmBackward&, const Parallel&);
   void (*gru_cell_backward)(const GruCellBackward&, const Parallel&);
   void (*optimizer_step)(const Optimizer&, const Parallel&);
 };

@@ -8,7 +8,6 @@ namespace perexample::cpu::PX_CAPABILITY {
 
 PX_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 PX_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-PX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(T{}) with the storage type T of a dtype.
 template <class F>

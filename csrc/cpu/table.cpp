@@ -14,8 +14,8 @@ void reduce_moments(const Reduce&, const Parallel&);
 void embedding_moments(const Embedding&, const Parallel&);
 void layer_norm_moments(const LayerNorm&, const Parallel&);
 void group_norm_moments(const GroupNorm&, const Parallel&);
-void lstm_cell(const LstmCell&, const Parallel&);
-void lstm_cell_backward(const LstmCellBackward&, const Parallel&);
+void lstm_forward(const Lstm&, const Parallel&);
+void lstm_backward(const LstmBackward&, const Parallel&);
 void gru_cell_backward(const GruCellBackward&, const Parallel&);
 void optimizer_step(const Optimizer&, const Parallel&);
 
@@ -29,8 +29,8 @@ const Kernels table = {
     embedding_moments,
     layer_norm_moments,
     group_norm_moments,
-    lstm_cell,
-    lstm_cell_backward,
+    lstm_forward,
+    lstm_backward,
     gru_cell_backward,
     optimizer_step,
 };

@@ -57,6 +57,8 @@ PX_INLINE Vec<S> broadcast(S value) {
   return value - Vec<S>{};
 }
 
+PX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // f(std::integral_constant<int, i>) for i in [0, N), unrolled by construction: GCC 12 spills
 // register arrays under #pragma GCC unroll.
 template <int N, class F>

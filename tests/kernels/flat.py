@@ -174,29 +174,50 @@ def batch_norm_moments(dy, x, mean, rstd, weight, output_mask=(True, True, True)
     return norm_moments("group_norm_moments", dy, x, mean, rstd, weight, [channels, 1], channels, 0.0, output_mask)
 
 
+def in_place(name, written, prepare):
+    """`prepare()` gives integers, pointers and reals; `written` are the tensors that change, without gaps."""
+    before, results = [t.clone() for t in written], []
+    for threads, order in RUNS:
+        for t, old in zip(written, before, strict=True):
+            t.copy_(old)
+        call(name, *prepare(), threads, order)
+        results.append([t.clone() for t in written])
+    for other in results[1:]:
+        assert same_bits(other, results[0]), f"{name}: bits differ"
+
+
 def cell(name, batch, width, written, *tensors):
     """In place; `written` are the places of the tensors that change."""
     rows = [t.contiguous() for t in tensors]
-    before = [t.clone() for t in rows]
-    results = []
-    for threads, order in RUNS:
-        for t, old in zip(rows, before, strict=True):
-            t.copy_(old)
-        integers = [batch, width, CODES[rows[0].dtype], *(t.stride(0) for t in rows)]
-        call(name, integers, [t.data_ptr() for t in rows], [], threads, order)
-        results.append([rows[i].clone() for i in written])
-    for other in results[1:]:
-        assert same_bits(other, results[0]), f"{name}: bits differ"
+    integers = [batch, width, CODES[rows[0].dtype], *(t.stride(0) for t in rows)]
+    in_place(name, [rows[i] for i in written], lambda: (integers, [t.data_ptr() for t in rows], []))
     for i in written:
         tensors[i].copy_(rows[i])
 
 
-def lstm_cell_(gates, cell_before, state, h):
-    cell("lstm_cell_", *cell_before.shape, (0, 2, 3), gates, cell_before, state, h)
+def lstm(name, gates, states, cells, weight_hh, weight_hr, active, reverse, dy=None, written=()):
+    """The launcher's part: no gaps, no half precision."""
+    tensors = (weight_hh, weight_hr, gates, states, cells, dy, *written)
+    whole = [None if t is None else t.to(wide(t.dtype)).contiguous() for t in tensors]
+    counts = (ctypes.c_int64 * max(1, len(active)))(*active)
+    pointers = [ctypes.addressof(counts) if active else None, *(None if t is None else t.data_ptr() for t in whole)]
+    steps, batch, size = cells.shape[0] - 1, *cells.shape[1:]
+    width = weight_hh.shape[1]
+    integers = [steps, batch, size, width, CODES[whole[0].dtype], int(reverse), batch * width, width]
+    changed = [2, 3, 4] if dy is None else [i for i in (6, 7, 8, 9) if whole[i] is not None]
+    pointers += [None] * (11 - len(pointers))
+    in_place(name, [whole[i] for i in changed], lambda: (integers, pointers, []))
+    for i in changed:
+        tensors[i].copy_(whole[i])
 
 
-def lstm_cell_backward_(dgates, dc, dh, gates, state, cell_before):
-    cell("lstm_cell_backward_", *dh.shape, (0, 1), dgates, dc, dh, gates, state, cell_before)
+def lstm_forward_(gates, states, cells, weight_hh, weight_hr=None, active=(), reverse=False):
+    lstm("lstm_forward_", gates, states, cells, weight_hh, weight_hr, active, reverse)
+
+
+def lstm_backward_(dgates, dstates, dh, dc, dy, gates, cells, weight_hh, weight_hr=None, active=(), reverse=False):
+    written = (dgates, dstates, dh, dc)
+    lstm("lstm_backward_", gates, None, cells, weight_hh, weight_hr, active, reverse, dy, written)
 
 
 def gru_cell_backward_(dgates, dhidden, dh, gates, hidden, state):

@@ -130,13 +130,24 @@ extern "C" PX_EXPORT int64_t px_call(const char* op, const int64_t* integers, vo
     GroupNorm a{n(), n(), n(), n(), n() != 0, r(), type(), type(), p(),
                 p(), p(), p(), p(), p(),      p(), p(),    p(),    p()};
     kernels.group_norm_moments(a, parallel);
-  } else if (is("lstm_cell_")) {
-    LstmCell a{n(), n(), type(), p(), p(), p(), p(), n(), n(), n(), n()};
-    kernels.lstm_cell(a, parallel);
-  } else if (is("lstm_cell_backward_")) {
-    LstmCellBackward a{n(), n(), type(), p(), p(), p(), p(), p(),
-                       p(), n(), n(),    n(), n(), n(), n()};
-    kernels.lstm_cell_backward(a, parallel);
+  } else if (is("lstm_forward_") || is("lstm_backward_")) {
+    Lstm a{};
+    a.T = n(), a.B = n(), a.H = n(), a.P = n(), a.dtype = type(), a.reverse = n() != 0;
+    LstmBackward back{};
+    back.dy_stride[0] = n(), back.dy_stride[1] = n();
+    a.active = static_cast<const int64_t*>(p());
+    a.weight_hh = p(), a.weight_hr = p();
+    a.gates = p(), a.states = p(), a.cells = p();
+    back.dy = p(), back.dgates = p(), back.dstates = p(), back.dh = p(), back.dc = p();
+    const int64_t size = a.workspace_size();
+    // Slot 3 of this thread is not the kernel's.
+    a.workspace = scratch(size * (a.dtype == DType::f64 ? 8 : 4), 3);
+    if (is("lstm_forward_")) {
+      kernels.lstm_forward(a, parallel);
+    } else {
+      back.forward = a;
+      kernels.lstm_backward(back, parallel);
+    }
   } else if (is("gru_cell_backward_")) {
     GruCellBackward a{n(), n(), type(), p(), p(), p(), p(), p(), p(), n(), n(), n(), n(), n(), n()};
     kernels.gru_cell_backward(a, parallel);

@@ -94,13 +94,54 @@ def samples(name, scale=1):
             ((rand(90 * s, 8, 1), rand(90 * s, 8, 1), rand(8), rand(8), None, [True, True, False]), {}),
             ((rand(2, 8, 3).half(), rand(2, 8, 3).half(), rand(8), rand(8), rand(8), [False, True, True]), {}),
         ],
-        "lstm_cell_": lambda: [
-            ((rand(40 * s, 36), rand(40 * s, 9), rand(40 * s, 9), rand(40 * s, 9)), {}),
-            ((rand(3, 8).double(), rand(3, 2).double(), rand(3, 2).double(), rand(3, 2).double()), {}),
+        "lstm_forward_": lambda: [
+            ((rand(4, 2 * s, 36), rand(5, 2 * s, 9), rand(5, 2 * s, 9), rand(36, 9), None, [], False), {}),
+            (
+                (
+                    rand(3, 5, 4 * s).double(),
+                    rand(4, 5, 2).double(),
+                    rand(4, 5, s).double(),
+                    rand(4 * s, 2).double(),
+                    rand(2, s).double(),
+                    [5, 4, 2],
+                    True,
+                ),
+                {},
+            ),
         ],
-        "lstm_cell_backward_": lambda: [
-            (tuple(rand(40 * s, size) for size in (36, 9, 9, 36, 9, 9)), {}),
-            (tuple(rand(3, size).bfloat16() for size in (8, 2, 2, 8, 2, 2)), {}),
+        "lstm_backward_": lambda: [
+            (
+                (
+                    rand(3, 5, 4 * s),
+                    rand(3, 5, 2),
+                    rand(5, 2),
+                    rand(5, s),
+                    rand(3, 5, 2),
+                    rand(3, 5, 4 * s),
+                    rand(4, 5, s),
+                    rand(4 * s, 2),
+                    rand(2, s),
+                    [5, 4, 2],
+                    True,
+                ),
+                {},
+            ),
+            (
+                (
+                    rand(2, 3 * s, 8).half(),
+                    None,
+                    rand(3 * s, 2).half(),
+                    rand(3 * s, 2).half(),
+                    rand(2, 3 * s, 2).half(),
+                    rand(2, 3 * s, 8).half(),
+                    rand(3, 3 * s, 2).half(),
+                    rand(8, 2).half(),
+                    None,
+                    [],
+                    False,
+                ),
+                {},
+            ),
         ],
         "gru_cell_backward_": lambda: [
             (tuple(rand(40 * s, size) for size in (27, 27, 9, 27, 9, 9)), {}),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..ops.recurrent import after_and_before
 from ._common import autocast, check_dtype, one_use, ops
 
 __all__ = ["Parameters", "recurrent", "recurrent_dtypes"]
@@ -39,11 +40,7 @@ def _states(initial: Tensor, steps: int, reverse: bool) -> tuple[Tensor, Tensor,
     """(all, those after each step, those before each step), with the initial one filled in."""
     states = initial.new_empty(steps + 1, *initial.shape)
     states[steps if reverse else 0] = initial
-    return (states, *_after_and_before(states, reverse))
-
-
-def _after_and_before(states: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    return (states[:-1], states[1:]) if reverse else (states[1:], states[:-1])
+    return (states, *after_and_before(states, reverse))
 
 
 class _Pass(NamedTuple):
@@ -52,27 +49,6 @@ class _Pass(NamedTuple):
     steps: list[int]
     active: Sequence[int]
     reverse: bool
-
-
-def _lstm_forward(run: _Pass, gates: Tensor, w: Parameters, after: Tensor, before: Tensor, cells: Tensor) -> None:
-    """Gates (T, B, 4 H) come as the products with the input, and leave activated: i, f, g, o."""
-    cells_after, cells_before = _after_and_before(cells, run.reverse)
-    weight = w.weight_hh.t()  # type: ignore[union-attr]
-    projection = None if w.weight_hr is None else w.weight_hr.t()
-    batch = gates.shape[1]
-    for t in run.steps:
-        n = run.active[t]
-        h, c, gate, state = before[t], cells_before[t], gates[t], cells_after[t]
-        if n < batch:
-            after[t, n:], state[n:] = h[n:], c[n:]
-            h, c, gate, state = h[:n], c[:n], gate[:n], state[:n]
-        gate.addmm_(h, weight)
-        if projection is None:
-            ops.lstm_cell_(gate, c, state, after[t, :n])
-        else:
-            squashed = torch.empty_like(state)
-            ops.lstm_cell_(gate, c, state, squashed)
-            torch.mm(squashed, projection, out=after[t, :n])
 
 
 def _gru_forward(run: _Pass, gates: Tensor, w: Parameters, after: Tensor, before: Tensor, cells: Tensor) -> None:
@@ -101,35 +77,6 @@ def _rnn_forward(run: _Pass, gates: Tensor, w: Parameters, after: Tensor, before
             after[t, n:] = before[t, n:]
         state = torch.addmm(gates[t, :n], before[t, :n], weight, out=after[t, :n])
         state.relu_() if relu else state.tanh_()
-
-
-def _lstm_backward(
-    run: _Pass, gates: Tensor, w: Parameters, before: Tensor, cells: Tensor, dy: Tensor, dh: Tensor, dc: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the gates before activation, and with a projection those of the states and what they are of.
-
-    dh and dc arrive as the gradients of the last states and leave as those of the first.
-    """
-    cells_after, cells_before = _after_and_before(cells, run.reverse)
-    weight, batch, steps = w.weight_hh, gates.shape[1], len(run.steps)
-    whole = all(n == batch for n in run.active)
-    make = torch.empty_like if whole else torch.zeros_like
-    dgates = make(gates)
-    dstates = None if w.weight_hr is None else dh.new_zeros(steps, *dh.shape)
-    assert weight is not None
-    for t in reversed(run.steps):
-        n = run.active[t]
-        dh_t, dc_t = (dh, dc) if n == batch else (dh[:n], dc[:n])
-        dh_t += dy[t, :n]
-        dm = dh_t
-        if dstates is not None and w.weight_hr is not None:
-            dstates[t, :n] = dh_t
-            dm = dh_t.mm(w.weight_hr)
-        ops.lstm_cell_backward_(dgates[t, :n], dc_t, dm, gates[t, :n], cells_after[t, :n], cells_before[t, :n])
-        torch.mm(dgates[t, :n], weight, out=dh_t)
-    if dstates is None:
-        return dgates, None, None
-    return dgates, dstates, cells_after.tanh().mul_(gates[..., 3 * cells.shape[2] :])
 
 
 def _gru_backward(
@@ -197,14 +144,14 @@ class _Recurrent(Function):
         if mode == "LSTM":
             assert c is not None
             cells, _, _ = _states(c, steps, reverse)
-            _lstm_forward(run, gates, w, after, before, cells)
+            ops.lstm_forward_(gates, states, cells, w.weight_hh, w.weight_hr, active or (), reverse)
         elif mode == "GRU":
             cells = torch.zeros_like(after)
             _gru_forward(run, gates, w, after, before, cells)
         else:
             _rnn_forward(run, gates, w, after, before, mode == "RNN_RELU")
             gates = None  # the states tell all
-        ctx.mode, ctx.reverse, ctx.run = mode, reverse, run
+        ctx.mode, ctx.reverse, ctx.active, ctx.run = mode, reverse, active, run
         ctx.save_for_backward(x, gates, states, cells, *w)
         last = 0 if reverse else -1
         results = [after, states[last].clone()]
@@ -219,15 +166,20 @@ class _Recurrent(Function):
         w, run = Parameters(*weights), ctx.run
         want_uses, want_x = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         want = Parameters(*ctx.needs_input_grad[12:17])
-        after, before = _after_and_before(states, ctx.reverse)
+        after, before = after_and_before(states, ctx.reverse)
         assert w.weight_ih is not None
         dh = dh.clone(memory_format=torch.contiguous_format)
         dstates = projected = None
         if ctx.mode == "LSTM":
             assert dc is not None
             dc = dc.clone(memory_format=torch.contiguous_format)
-            dgates, dstates, projected = _lstm_backward(run, gates, w, before, cells, dy, dh, dc)
-            dhidden = dgates
+            assert w.weight_hh is not None
+            dhidden = dgates = torch.empty_like(gates)
+            if w.weight_hr is not None:
+                dstates = torch.empty_like(after)
+                projected = after_and_before(cells, ctx.reverse)[0].tanh().mul_(gates[..., 3 * cells.shape[2] :])
+            active = () if ctx.active is None else ctx.active
+            ops.lstm_backward_(dgates, dstates, dh, dc, dy, gates, cells, w.weight_hh, w.weight_hr, active, ctx.reverse)
         elif ctx.mode == "GRU":
             dgates, dhidden = _gru_backward(run, gates, w, before, cells, dy, dh)
         else:

@@ -6,7 +6,7 @@ from .embedding import embedding_moments
 from .linear import linear_moments
 from .norm import batch_norm_moments, group_norm_moments, layer_norm_moments, rms_norm_moments
 from .optimizer import optimizer_step_
-from .recurrent import gru_cell_backward_, lstm_cell_, lstm_cell_backward_
+from .recurrent import gru_cell_backward_, lstm_backward_, lstm_forward_
 from .reduce import bias_moments, reduce_moments
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "gru_cell_backward_",
     "layer_norm_moments",
     "linear_moments",
-    "lstm_cell_",
-    "lstm_cell_backward_",
+    "lstm_backward_",
+    "lstm_forward_",
     "optimizer_step_",
     "reduce_moments",
     "rms_norm_moments",
