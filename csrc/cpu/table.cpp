@@ -21,18 +21,9 @@ void optimizer_step(const Optimizer&, const Parallel&);
 
 extern const Kernels table;
 const Kernels table = {
-    PX_STRING(PX_CAPABILITY),
-    linear_moments,
-    conv_moments,
-    bias_moments,
-    reduce_moments,
-    embedding_moments,
-    layer_norm_moments,
-    group_norm_moments,
-    lstm_forward,
-    lstm_backward,
-    gru_cell_backward,
-    optimizer_step,
+    PX_STRING(PX_CAPABILITY), linear_moments,     conv_moments,       bias_moments, reduce_moments,
+    embedding_moments,        layer_norm_moments, group_norm_moments, lstm_forward, lstm_backward,
+    gru_cell_backward,        optimizer_step,
 };
 
 }  // namespace perexample::cpu::PX_CAPABILITY
