@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import X, Y, adam, assert_nothing_lost, backward, half_square_mean, mlp, raises
@@ -183,20 +185,99 @@ def test_layers_without_a_converted_model_need_a_batch_size():
     assert opt.state[layer.weight]["examples"].item() == 6
 
 
-def test_grad_scaler_unscale():
+PLAIN_UNSCALE = (
+    "Adam: GradScaler.unscale_(optimizer) divided the gradients, but not their second moments; use "
+    "px.unscale_(scaler, optimizer), or leave it out: GradScaler.step(optimizer) hands the scale over"
+)
+LATE_BACKWARD = (
+    "Adam: a backward pass came after px.unscale_, so that scaled and unscaled gradients are mixed; call it when all "
+    "gradients of the step are accumulated"
+)
+OTHER_SCALER = (
+    "Adam: px.unscale_ divided the second moments, but GradScaler.step takes the gradients for scaled; call both with "
+    "the same GradScaler"
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"), [("plain", PLAIN_UNSCALE), ("late", LATE_BACKWARD), ("other", OTHER_SCALER)]
+)
+def test_grad_scaler_unscale(way, message):
     model = px.convert(mlp())
     opt, scaler = adam(model), torch.amp.GradScaler("cpu")
-    scaler.scale(half_square_mean(model(X.float()), Y.float())).backward()
-    scaler.unscale_(opt)
-    message = (
-        "Adam: GradScaler.unscale_(optimizer) divided the gradients but cannot divide their second moments; leave "
-        "out unscale_, GradScaler.step(optimizer) hands the scale over"
-    )
+
+    def scaled_backward():
+        scaler.scale(half_square_mean(model(X.float()), Y.float())).backward()
+
+    scaled_backward()
+    if way == "plain":
+        scaler.unscale_(opt)
+    else:
+        px.unscale_(scaler, opt)
+    if way == "late":
+        scaled_backward()
+    stepping = scaler
+    if way == "other":
+        stepping = torch.amp.GradScaler("cpu")
+        stepping.scale(torch.ones(()))
     with raises(RuntimeError, message):
-        scaler.step(opt)
+        stepping.step(opt)
     assert not opt.state
     opt.zero_grad()
     scaler.update()
-    scaler.scale(half_square_mean(model(X.float()), Y.float())).backward()
+    scaled_backward()
     scaler.step(opt)
     assert opt.state[model[0].weight]["examples"].item() == 6
+
+
+@pytest.mark.parametrize("how", ["eval", "no_moments"])
+@pytest.mark.parametrize("kind", ["SGD", "per batch"])
+def test_examples_of_a_pass_that_counts_none_are_missed(how, kind):
+    """SGD and per_batch need no second moments, but B: part of the gradient came from examples that nobody counted."""
+    model = px.convert(mlp(torch.float64))
+    opt = px.optim.SGD(model.parameters(), lr=1e-3) if kind == "SGD" else adam(model, second_moment="per_batch")
+    name = type(opt).__name__
+    message = (
+        f"{name}.step: part of the gradient of parameter '0.weight' came from a forward pass in eval mode or under "
+        f"px.no_moments(), whose examples are not counted; make all alike, or pass step(batch_size=...)"
+    )
+    backward(model, X, target=Y)
+    (in_eval if how == "eval" else in_no_moments)(model)
+    with raises(RuntimeError, message):
+        opt.step()
+    assert not opt.state
+    opt.step(batch_size=12)
+    opt.zero_grad()
+    with torch.no_grad():
+        model.eval()(X)
+    model.train()
+    backward(model, X, target=Y)
+    opt.step()
+    assert opt.state[model[0].weight]["examples"].item() == 18
+
+
+def test_a_penalty_that_is_backpropagated_by_itself_is_no_pass():
+    model = px.convert(mlp(torch.float64))
+    opt = px.optim.SGD(model.parameters(), lr=1e-3)
+    backward(model, X, target=Y)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    opt.step()
+    assert opt.state[model[0].weight]["examples"].item() == 6
+
+
+def test_a_copy_of_the_optimizer_alone_has_parameters_of_no_layer():
+    opt = copy.deepcopy(adam(px.convert(mlp(torch.float64))))
+    opt.param_groups[0]["params"][0].grad = torch.ones(8, 5, dtype=torch.float64)
+    with raises(RuntimeError, NO_LAYER.format("parameter 0 of its group", (8, 5))):
+        opt.step()
+
+
+def test_numbers_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    model, twin = px.convert(mlp(torch.float64)), px.convert(mlp(torch.float64))
+    opt = adam(model, lr=numpy.float32(0.125), n_g=numpy.int64(50), weight_decay=numpy.float32(0.5))
+    other = adam(twin, lr=0.125, n_g=50, weight_decay=0.5)
+    for m, o in ((model, opt), (twin, other)):
+        backward(m, X, target=Y)
+        o.step(batch_size=numpy.int64(6) if o is opt else 6)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

@@ -113,6 +113,80 @@ def test_attached_to_an_optimizer_it_looks_before_every_step():
     assert len(noise.history) == 3
 
 
+def test_a_grad_scaler_and_its_overflows_change_nothing():
+    """Of each step the same terms, whatever the scale is; a step that overflowed is left out for good."""
+    plain, scaled = px.convert(mlp()), px.convert(mlp())
+    noises = []
+    for model in (plain, scaled):
+        opt, scaler = adam(model, lr=0.0), torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=model is scaled)
+        noises.append(px.noise.GradientNoise(model))
+        noises[-1].attach(opt)
+        for step, rows in enumerate((8, 5, 7, 9)):
+            if step % 2 and model is plain:
+                continue
+            x = X[:rows].float() * (math.inf if step % 2 else 1)
+            scaler.scale(F.cross_entropy(model(x), Y[:rows])).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    assert all(torch.equal(noises[0].averages[name], value) for name, value in noises[1].averages.items())
+    assert noises[0].averages["0.weight"][0] == 15
+
+
+def test_by_hand_under_a_grad_scaler():
+    results = []
+    for scale in (1.0, 2.0**12):
+        model = px.convert(mlp())
+        (F.cross_entropy(model(X.float()), Y) * scale).backward()
+        results.append(px.noise.GradientNoise(model))
+        results[-1].update(grad_scale=scale)
+    assert all(torch.equal(results[0].averages[name], value) for name, value in results[1].averages.items())
+
+
+def test_gradients_that_changed_without_their_moments_are_refused():
+    model = px.convert(mlp())
+    F.cross_entropy(model(X.float()), Y).backward()
+    noise = px.noise.GradientNoise(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    message = (
+        "GradientNoise.update: a gradient of shape (8, 5) was changed in place after backward, and its second moment "
+        "was not; use px.clip_grad_norm_ in place of torch's, or call this before the change"
+    )
+    with raises(RuntimeError, message):
+        noise.update()
+
+
+def test_clipping_by_this_library_is_taken_in():
+    model = px.convert(mlp(torch.float64))
+    noise = px.noise.GradientNoise(model)
+    F.cross_entropy(model(X), Y).backward()
+    factor = 1e-3 / (px.clip_grad_norm_(model.parameters(), 1e-3) + 1e-6)
+    noise.update()
+    gradients = per_example_gradients(model, X, Y)
+    for name, rows in gradients.items():
+        close(noise.averages[name][1:], torch.stack(brute_force(rows * factor)), name)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_parameters_of_any_shape(memory_format, dtype):
+    """Convolutions, scalars and empty ones: what is summed does not depend on how it lies in memory."""
+    torch.manual_seed(0)
+    parts = torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 1), torch.nn.PReLU()
+    model = torch.nn.Sequential(*parts).to(dtype)
+    model = px.convert(model.to(memory_format=memory_format))
+    noise = px.noise.GradientNoise(model)
+    x = torch.randn(6, 2, 5, 5).to(dtype)
+    model(x).square().mean().backward()
+    noise.update()
+    for name, p in model.named_parameters():
+        total, mean = 6 * p.sum_grad_squared.double().sum(), p.grad.double().square().sum()
+        trace = (total - mean) * 6 / 5
+        expected = torch.stack([trace, mean - trace / 6])
+        stock = torch.stack([(6 * p.sum_grad_squared.sum() - p.grad.to(p.sum_grad_squared.dtype).square().sum()) * 1.2])
+        assert_within_budget(noise.averages[name][1:2], expected[:1], stock, p.sum_grad_squared.dtype, name)
+
+
 def test_plot():
     import matplotlib
 

@@ -135,6 +135,31 @@ def test_groups_of_an_optimizer():
         _ = found.options
 
 
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW"])
+def test_the_direction_is_kept(name):
+    p = nn.Parameter(torch.ones(2))
+    stock = getattr(torch.optim, name)([p], lr=0.1, maximize=True)
+    for found in (px.optim.translate(stock, batch_size=4), px.optim.translate(name, batch_size=4, maximize=True)):
+        assert found.options["maximize"] is True
+        options = {} if name == "SGD" else {"second_moment": "per_batch"}
+        assert getattr(px.optim, name)([p], **found.options, **options).param_groups[0]["maximize"] is True
+    assert "maximize" not in px.optim.translate(name, batch_size=4).options
+
+
+def test_dampening_is_exact_but_for_the_first_step_and_named():
+    """torch's first momentum is the gradient, undamped: from the second step on both add the same."""
+    options = {"lr": 0.05, "momentum": 0.5, "dampening": 0.25}
+    found = px.optim.translate("SGD", batch_size=B, **options)
+    assert found.assumption == "dampening, which torch leaves out of the first step, is in that one too"
+    p, q = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    ours, stock = px.optim.SGD([p], **found.options), torch.optim.SGD([q], **options)
+    for gradient in (0.0, 1.0, -3.0, 2.0):  # of the first step nothing is left where it is 0
+        p.grad, q.grad = (torch.full((1,), gradient, dtype=torch.float64) for _ in range(2))
+        ours.step(batch_size=B)
+        stock.step()
+    assert_within_budget(p.detach(), q.detach(), q.detach(), torch.float64, "parameter")
+
+
 def test_the_coupled_decay_of_momentum_is_named():
     found = px.optim.translate("SGD", batch_size=4, momentum=0.9, weight_decay=0.1)
     assert found.assumption == (
@@ -166,7 +191,7 @@ ARGUMENTS = {
         TypeError,
         "SGD",
         {"betas": 1},
-        "options of SGD must be among lr, momentum, dampening, weight_decay, nesterov, got betas",
+        "options of SGD must be among lr, momentum, dampening, weight_decay, nesterov, maximize, got betas",
     ),
     "batch": (TypeError, "SGD", {"batch_size": 2.0}, "batch_size must be an int, got float"),
     "batch 0": (ValueError, "SGD", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -183,6 +208,7 @@ ARGUMENTS = {
         {"momentum": 0.9},
         "momentum of RMSprop must be 0, got 0.9: it has no counterpart here",
     ),
+    "maximize": (TypeError, "SGD", {"maximize": 1}, "maximize must be True or False, got 1"),
     "coupled": (
         ValueError,
         "Adam",

@@ -5,7 +5,7 @@ import torch as _torch  # noqa: F401  (the extension needs its libraries)
 from . import _extension, _triton, nn, noise, ops, optim
 from .convert import ConversionTable, Served, convert, register
 from .moments import no_moments
-from .optim import clip_grad_norm_
+from .optim import clip_grad_norm_, unscale_
 
 __all__ = [
     "ConversionTable",
@@ -19,6 +19,7 @@ __all__ = [
     "ops",
     "optim",
     "register",
+    "unscale_",
 ]
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .moments import Moment, moment_of
+from .moments.count import version
 from .ops._library import accumulate_dtype
 
 __all__ = ["GradientNoise", "plot", "variance"]
@@ -21,25 +22,51 @@ def _examples(moment: Moment) -> Tensor | None:
     return total if total is None or moment.base is None else total - moment.base.total
 
 
-def _mean_and_square(
-    p: Tensor, what: str, batch_size: int | Tensor | None, loss_reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ghat, the mean of the squared per-example gradients (MATHS 2), and B."""
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(f"{what}: loss_reduction must be one of mean, sum, got {loss_reduction!r}")
+def _second_moment(p: Tensor, what: str) -> tuple[Moment, Tensor, Tensor] | None:
+    """What belongs to the present gradient of `p`, and that gradient; None where there is nothing."""
     moment = moment_of(p)
-    second = None if moment is None else moment.current()
-    if moment is None or second is None or p.grad is None:
-        raise ValueError(
-            f"{what}: a parameter of shape {tuple(p.shape)} has no second moment; call it between backward and "
-            f"zero_grad, on a converted model"
+    grad = p.grad
+    if moment is None or grad is None:
+        return None
+    changed = moment.version != version(grad)
+    second = moment.current()
+    if second is None:
+        return None
+    if changed:
+        raise RuntimeError(
+            f"{what}: a gradient of shape {tuple(p.shape)} was changed in place after backward, and its second moment "
+            f"was not; use px.clip_grad_norm_ in place of torch's, or call this before the change"
         )
-    batch = _examples(moment) if batch_size is None else torch.as_tensor(batch_size, device=p.device)
+    return moment, second, grad
+
+
+def _batch(moment: Moment, second: Tensor, what: str, batch_size: int | Tensor | None) -> Tensor:
+    """B: a scalar on the device."""
+    batch = _examples(moment) if batch_size is None else torch.as_tensor(batch_size, device=second.device)
     if batch is None:
         raise ValueError(f"{what}: no example was counted; call the model that was converted, or give batch_size")
-    batch = batch.to(second.dtype)
-    grad = p.grad.to(second.dtype)
-    return (grad, second * batch, batch) if loss_reduction == "mean" else (grad / batch, second / batch, batch)
+    return batch
+
+
+def _check_reduction(what: str, loss_reduction: str) -> None:
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"{what}: loss_reduction must be one of mean, sum, got {loss_reduction!r}")
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum, in float64 where the device has it; torch adds float32 numbers pairwise, so that few bits are lost."""
+    return values.sum().to(_sum_dtype(values))
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """The same of the squares; rows are squared without a copy of them all."""
+    rows = values.flatten(1) if values.dim() > 1 else values
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulate_dtype(values.dtype)) if values.dim() else values
+    return norms.to(_sum_dtype(values)).square().sum()
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
@@ -58,8 +85,20 @@ def variance(p: Tensor, *, batch_size: int | Tensor | None = None, loss_reductio
 
     Raises:
         ValueError: there is no second moment, or no example was counted.
+        RuntimeError: the gradient was changed in place, so that its second moment does not belong to it.
     """
-    mean, square, _ = _mean_and_square(p, "variance", batch_size, loss_reduction)
+    _check_reduction("variance", loss_reduction)
+    found = _second_moment(p, "variance")
+    if found is None:
+        raise ValueError(
+            f"variance: a parameter of shape {tuple(p.shape)} has no second moment; call it between backward and "
+            f"zero_grad, on a converted model"
+        )
+    moment, second, grad = found
+    batch = _batch(moment, second, "variance", batch_size).to(second.dtype)
+    mean, square = grad.to(second.dtype), second * batch  # MATHS (2)
+    if loss_reduction == "sum":
+        mean, square = mean / batch, second / batch
     return (square - mean.square()).clamp(min=0)
 
 
@@ -75,7 +114,7 @@ class GradientNoise:
         ...
         print(float(noise.scale()))
 
-    An update reads gradients and second moments once more: about a quarter of what the optimizer's step costs.
+    An update reads gradients and second moments once more: about half of what the step of `Adam` costs.
 
     Args:
         model: converted, or a list of (name, parameter).
@@ -97,8 +136,7 @@ class GradientNoise:
             raise TypeError(f"GradientNoise: n must be a number, got {type(n).__name__}")
         if not n >= 1:
             raise ValueError(f"GradientNoise: n must be at least 1, got {n}")
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"GradientNoise: loss_reduction must be one of mean, sum, got {loss_reduction!r}")
+        _check_reduction("GradientNoise", loss_reduction)
         self.n, self.loss_reduction = n, loss_reduction
         # name -> (3,): examples seen, and the averages of tr(Sigma) and |G|**2
         self.averages: dict[str, Tensor] = {}
@@ -106,34 +144,50 @@ class GradientNoise:
         self.history: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=10_000)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Update before every step of `optimizer`; returns a handle whose ``remove()`` ends that."""
-        return optimizer.register_step_pre_hook(lambda *_: self.update())
+        """Update before every step of `optimizer`; returns a handle whose ``remove()`` ends that.
+
+        Under a GradScaler the scale that it hands to the step is taken into account; an optimizer that is not handed it
+        (most of torch.optim) needs `px.unscale_` before the step. Where `step` is given a closure, what is taken in are
+        the gradients from before it.
+        """
+        return optimizer.register_step_pre_hook(
+            lambda stepping, *_: self.update(grad_scale=getattr(stepping, "grad_scale", None))
+        )
 
     @torch.no_grad()
-    def update(self, *, batch_size: int | Tensor | None = None) -> None:
-        """Take in the present gradients; parameters without a gradient are left out.
+    def update(self, *, batch_size: int | Tensor | None = None, grad_scale: float | Tensor | None = None) -> None:
+        """Take in the present gradients; parameters without a gradient, or with one that is not finite, are left out.
 
         Args:
             batch_size: number of examples in the gradients, instead of what the model counted.
+            grad_scale: of a GradScaler, where the gradients are still multiplied by it.
+
+        Raises:
+            ValueError: no example was counted.
+            RuntimeError: a gradient was changed in place, so that its second moment does not belong to it.
         """
+        what = "GradientNoise.update"
         for name, p in self.parameters.items():
-            moment = moment_of(p)
-            if p.grad is None or moment is None or moment.current() is None:
+            found = _second_moment(p, what)
+            if found is None:
                 continue
-            mean, square, batch = _mean_and_square(p, "GradientNoise.update", batch_size, self.loss_reduction)
-            # Sums of many small squares: in float64, where the device has it.
-            sum_dtype = accumulate_dtype(p.dtype) if p.device.type == "mps" else torch.float64
-            batch = batch.to(sum_dtype)
-            mean_square = mean.square().sum(dtype=sum_dtype)
-            trace = (square.sum(dtype=sum_dtype) - mean_square) * batch / (batch - 1)
-            new = torch.stack([batch, trace, mean_square - trace / batch])
+            moment, second, grad = found
+            batch = _batch(moment, second, what, batch_size).to(_sum_dtype(second))
+            # MATHS (2), of the sums over all elements.
+            mean_square, square = _sum_of_squares(grad), _sum(second) * batch
+            if self.loss_reduction == "sum":
+                mean_square, square = mean_square / batch.square(), square / batch.square()
+            trace = (square - mean_square) * batch / (batch - 1)
+            terms = torch.stack([trace, mean_square - trace / batch])
+            if grad_scale is not None:
+                terms = terms / torch.as_tensor(grad_scale, device=terms.device).to(terms.dtype).square()
             old = self.averages.get(name)
             if old is None:
-                old = torch.zeros_like(new)
+                old = torch.zeros(3, dtype=terms.dtype, device=terms.device)
             seen = old[0] + batch
             kappa = (batch / seen.clamp(max=self.n)).clamp(max=1)
-            mixed = torch.cat([seen[None], old[1:] + kappa * (new[1:] - old[1:])])
-            self.averages[name] = torch.where(batch > 1, mixed, old)
+            mixed = torch.cat([seen[None], old[1:] + kappa * (terms - old[1:])])
+            self.averages[name] = torch.where((batch > 1) & terms.isfinite().all(), mixed, old)
         if self.averages:
             first = next(iter(self.averages.values()))
             self.history.append((first[0], self.scale()))

@@ -23,7 +23,12 @@ def autocast(x: Tensor, *, low_precision: bool) -> tuple[torch.dtype, contextlib
     made inside the Function, so that the weight's gradient arrives in the weight's own dtype unrounded.
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or not x.is_floating_point():
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or x.dtype == torch.float64
+        or not x.is_floating_point()
+    ):
         return x.dtype, contextlib.nullcontext()
     if low_precision:
         dtype = torch.get_autocast_dtype(device)

@@ -59,6 +59,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     examples.end_pass()
     examples.training = module.training
     if not (torch.is_grad_enabled() and _Mode.enabled):
+        examples.unnoticed = examples.unnoticed or torch.is_grad_enabled()
         return
     if not again:
         examples.forget_backward()  # in case the last backward pass raised
@@ -106,6 +107,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     batch, tracked = examples.batch, any(how != WITHOUT for how in examples.used.values())
     examples.end_pass()
     if not (module.training or tracked):
+        examples.unnoticed = True
         return None
     examples.last_batch = batch
     examples.forward_pending = True

@@ -45,6 +45,8 @@ class ExampleCount:
         self.root = ""  # name of the module that began the pass
         self.rooted = False  # whether a converted model counts here at all
         self.nested: dict[str, int] = {}  # converted parts that were called inside of a pass
+        self.unnoticed = False  # whether a pass was made that counts nothing, though its output has gradients
+        self.missed = False  # whether such a one was backpropagated through
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
         self.last_batch = 0
         self.unfinished: list[Uses] = []  # with pieces that the backward pass under way has not contracted
@@ -125,8 +127,11 @@ class ExampleCount:
 
     def _end_round(self) -> None:
         self._in_round = False
-        if self.rooted and self.touched and not self.counted:
-            self.uncounted = self.touched
+        if self.rooted and not self.counted:
+            if self.touched:
+                self.uncounted = self.touched
+            elif self.unnoticed:
+                self.missed, self.unnoticed = True, False
 
     def alive(self) -> list[Moment]:
         return [m for ref in self.moments if (m := ref()) is not None and m.live]
@@ -171,7 +176,7 @@ class ExampleCount:
         dropped = []
         for moment in moments:
             moment.live = moment.eager = moment.ambiguous = False
-            moment.leaf_rounds = moment.grad_rounds = 0
+            moment.leaf_rounds = moment.grad_rounds = moment.unscaled_rounds = 0
             if moment.leaf is not None and moment.uses is not None:
                 moment.leaf.grad = moment.uses.grad = None
             dropped.append(moment)
@@ -192,6 +197,7 @@ class ExampleCount:
             leaf.grad = passes.grad = None
         self.rounds = 0
         self.uncounted = ""
+        self.missed = False
         for ref in self.moments:
             moment = ref()
             if moment is not None:

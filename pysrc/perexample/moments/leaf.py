@@ -95,6 +95,7 @@ class Moment:
         "parameter_name",
         "places",
         "roots",
+        "unscaled_rounds",
         "uses",
         "version",
         "waiting",
@@ -112,6 +113,7 @@ class Moment:
         self.live = False
         self.ambiguous = False  # whether p.grad may have been cleared or not, which cannot be told: the step refuses
         self.leaf_rounds = self.grad_rounds = 0  # backward passes accumulated in the leaf, and in p.grad
+        self.unscaled_rounds = 0  # what leaf_rounds was when px.unscale_ divided the leaf's gradient
         self.roots: tuple[str, ...] = ()  # the converted models that contain the parameter
         self.version: tuple[int, int] | None = None  # of p.grad, when this library last saw it
         self.base: Base | None = None
@@ -184,7 +186,7 @@ class Moment:
             self.leaf = leaf
             self.uses = torch.zeros((), device=p.device, requires_grad=True)
             self.live = False
-            self.leaf_rounds = 0
+            self.leaf_rounds = self.unscaled_rounds = 0
         if moment_of(p) is not self:
             for handle in self.handles:
                 handle.remove()

@@ -5,5 +5,6 @@ from .clip import clip_grad_norm_
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .translate import Translation, translate
+from .unscale import unscale_
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "Translation", "clip_grad_norm_", "translate"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "Translation", "clip_grad_norm_", "translate", "unscale_"]

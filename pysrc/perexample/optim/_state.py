@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..ops._library import accumulate_dtype
 from ..ops.optimizer import state_starts, state_view
+from ._options import CHECKS
 
-__all__ = ["Block", "Plan", "state_dtype_of"]
+__all__ = ["Block", "Plan", "check_saved", "restored", "state_dtype_of"]
 
 MOST_BLOCKS = 8  # of a group and a kind of state; more are packed into one
 
@@ -120,3 +121,49 @@ class Plan:
             everything = [p for block in self.blocks for p in block.params]
             self.blocks = []
             self._add(everything)
+
+
+def _places(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], int, Tensor, Any]]:
+    """Saved group, number within it, parameter, and the key of its state, for each parameter of `groups`."""
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for i, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            yield saved, i, p, key
+
+
+def check_saved(owner: str, state_dict: dict[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Raise unless `state_dict` is of an optimizer with the options `defaults`, over parameters like `groups`'."""
+    name = f"{owner}.load_state_dict"
+    for group in state_dict["param_groups"]:
+        missing = sorted(defaults.keys() - group.keys())
+        other = sorted(group.keys() & CHECKS.keys() - defaults.keys())
+        if missing or other:
+            what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(other)}"
+            raise ValueError(
+                f"{name}: a group {what}: the state_dict must be of px.optim.{owner}; px.optim.translate gives the "
+                f"settings of one of torch.optim"
+            )
+    sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in state_dict["param_groups"]]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name}: groups must have {sizes[0]} parameters, got {sizes[1]}")
+    for saved, i, p, key in _places(state_dict, groups):
+        for average, value in state_dict["state"].get(key, {}).items():
+            shape = () if average == "examples" else tuple(p.shape)
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                which = f"'{saved['param_names'][i]}'" if "param_names" in saved else f"{i} of its group"
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: {average} of parameter {which} must be {shape}, got {got}")
+
+
+def restored(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
+    """The state of each parameter of `groups` as it was saved, on its device, in the dtype that states have."""
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for saved, _, p, key in _places(state_dict, groups):
+        if key in state_dict["state"]:
+            kept = state_dtype_of(p, saved)
+            states[p] = {
+                name: value.to(p.device, torch.float64 if name == "examples" else kept, copy=True)
+                for name, value in state_dict["state"][key].items()
+            }
+    return states

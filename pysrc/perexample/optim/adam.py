@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import FusedOptimizer, Rule
-from ._options import check_bool, check_choice, check_number
+from ._base import Rule
+from ._fused import FusedOptimizer
+from ._options import CHECKS, check_bool_or_pair
 
 __all__ = ["Adam", "AdamW"]
 
@@ -56,6 +57,8 @@ class Adam(FusedOptimizer):
     ``(1 - 1 / min(t, n_g), 1 - 1 / min(t, n_s))`` and no bias correction.
     """
 
+    _checks = {**CHECKS, "bias_correction": check_bool_or_pair}  # noqa: RUF012  (never changed)
+
     def __init__(
         self,
         params: Any,
@@ -101,18 +104,6 @@ class Adam(FusedOptimizer):
             correct_g=correct if isinstance(correct, bool) else correct[0],
             correct_s=correct if isinstance(correct, bool) else correct[1],
         )
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        name, correct = type(self).__name__, group["bias_correction"]
-        check_number(name, "n_g", group["n_g"], 1.0, finite=False)
-        check_number(name, "n_s", group["n_s"], 1.0, finite=False)
-        check_number(name, "eps", group["eps"], 0.0)
-        check_choice(name, "second_moment", group["second_moment"], ("per_example", "per_batch"))
-        check_bool(name, "lr_times_eps", group["lr_times_eps"])
-        check_bool(name, "guard", group["guard"])
-        pair = isinstance(correct, (tuple, list)) and len(correct) == 2 and all(isinstance(c, bool) for c in correct)
-        if not isinstance(correct, bool) and not pair:
-            raise TypeError(f"{name}: bias_correction must be a bool or a pair of them, got {correct!r}")
 
 
 class AdamW(Adam):

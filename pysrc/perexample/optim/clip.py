@@ -31,8 +31,8 @@ def clip_grad_norm_(
 
     Args:
         parameters: of a converted model, or any others; those without gradient are skipped.
-        max_norm: the largest norm to allow; a number, or a scalar tensor. Under a GradScaler, whose `unscale_` these
-            optimizers refuse, multiply it by the scale.
+        max_norm: the largest norm to allow; a number, or a scalar tensor. Under a GradScaler call `px.unscale_` first,
+            or multiply it by the scale.
         norm_type: p of the norm; inf for the largest element.
         error_if_nonfinite: raise where the norm is not finite. It has to look at the norm: the only thing here that
             waits for the device.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import FusedOptimizer, Rule
-from ._options import check_bool, check_choice, check_number
+from ._base import Rule
+from ._fused import FusedOptimizer
 
 __all__ = ["RMSprop"]
 
@@ -99,15 +99,8 @@ class RMSprop(FusedOptimizer):
         )
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        name = type(self).__name__
-        check_number(name, "n_s", group["n_s"], 1.0, finite=False)
-        check_number(name, "eps", group["eps"], 0.0)
-        check_choice(name, "denominator", group["denominator"], ("sigma", "sigma_squared"))
-        check_choice(name, "second_moment", group["second_moment"], ("per_example", "per_batch"))
-        for option in ("centered", "lr_times_eps", "bias_correction", "guard"):
-            check_bool(name, option, group[option])
         if group["centered"] and group["bias_correction"]:
             raise ValueError(
-                f"{name}: bias_correction must be False with centered=True, got True: the variance of the first value "
-                f"is 0, and would be the denominator of the first step"
+                f"{type(self).__name__}: bias_correction must be False with centered=True, got True: the variance of "
+                f"the first value is 0, and would be the denominator of the first step"
             )

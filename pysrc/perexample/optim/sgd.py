@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import FusedOptimizer, Rule
-from ._options import check_bool, check_number
+from ._base import Rule
+from ._fused import FusedOptimizer
+from ._options import CHECKS, check_horizon_or_none
 
 __all__ = ["SGD"]
 
@@ -42,6 +43,8 @@ class SGD(FusedOptimizer):
     ``lr=B * lr * B / n_g``.
     """
 
+    _checks = {**CHECKS, "n_g": check_horizon_or_none}  # noqa: RUF012  (never changed)
+
     def __init__(
         self,
         params: Any,
@@ -72,9 +75,3 @@ class SGD(FusedOptimizer):
             return Rule(averages=())
         horizons = {"n_g": float(group["n_g"])}
         return Rule(averages=("exp_avg",), horizons=horizons, correct_g=group["bias_correction"])
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        name = type(self).__name__
-        if group["n_g"] is not None:
-            check_number(name, "n_g", group["n_g"], 1.0, finite=False)
-        check_bool(name, "bias_correction", group["bias_correction"])

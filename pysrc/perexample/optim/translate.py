@@ -9,16 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._options import check_choice, check_number
+from ._options import check_bool, check_choice, check_number
 
 __all__ = ["Translation", "translate"]
 
 # What may be given for each optimizer, with torch's defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
-    "RMSprop": {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False},
-    "Adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False},
-    "AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
+    "SGD": {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False},
+    "RMSprop": {
+        "lr": 1e-2,
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "centered": False,
+        "maximize": False,
+    },
+    "Adam": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+        "maximize": False,
+    },
+    "AdamW": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "amsgrad": False,
+        "maximize": False,
+    },
 }
 NAME = "translate"
 
@@ -58,7 +80,8 @@ def translate(
     """The values for batch size 1 of a configuration that was tuned with torch.optim at one batch size.
 
     At that batch size B the optimizer of px.optim then takes the same steps: exactly for SGD and momentum
-    (MATHS 13, 14), with ``n_g = B / (1 - momentum)`` and ``lr0 = lr / (B (1 - momentum))``.
+    (MATHS 13, 14), with ``n_g = B / (1 - momentum)`` and ``lr0 = lr / (B (1 - momentum))``; what is not exact beside
+    momentum (weight_decay, dampening) is said in the result.
 
     RMSprop and Adam average squares of the mean gradient, of expectation ``|G|**2 + tr(Sigma) / B``; px.optim averages
     squares of per-example gradients, ``|G|**2 + tr(Sigma)``, r**2 times as large. So ``lr0 = lr r / B``,
@@ -113,14 +136,18 @@ def translate(
     for group in groups:
         given = {option: group.get(option, default) for option, default in DEFAULTS[name].items()}
         _check(name, given, group)
-        translated.append(_group(name, given, batch_size, scale))
+        own = _group(name, given, batch_size, scale)
+        translated.append({**own, "maximize": True} if given["maximize"] else own)
     if name == "SGD":
-        coupled = any(group.get("momentum") and group.get("weight_decay") for group in groups)
-        assumption = (
-            "weight_decay, which torch adds to the gradient and so averages, is applied to the weights at once"
-            if coupled
-            else ""
-        )
+        averaged = [group for group in groups if group.get("momentum")]
+        departures = []
+        if any(group.get("weight_decay") for group in averaged):
+            departures.append(
+                "weight_decay, which torch adds to the gradient and so averages, is applied to the weights at once"
+            )
+        if any(group.get("dampening") for group in averaged):
+            departures.append("dampening, which torch leaves out of the first step, is in that one too")
+        assumption = "; ".join(departures)
     return Translation(name, tuple(translated), assumption)
 
 
@@ -154,6 +181,7 @@ def _check(name: str, given: dict[str, Any], group: dict[str, Any]) -> None:
             check_number(NAME, "betas", beta, 0.0)
             if beta >= 1:
                 raise ValueError(f"{NAME}: betas must be below 1, got {beta}")
+    check_bool(NAME, "maximize", given["maximize"])
     for option in ("nesterov", "amsgrad"):
         if given.get(option):
             raise ValueError(f"{NAME}: {option} must be False, got {given[option]}: it has no counterpart here")
