@@ -100,22 +100,22 @@ class Collecting(Base):
 
     def _refuse_incomplete(self, p: Tensor, grad: Tensor, moment: Moment | None, group: dict[str, Any]) -> None:
         """Raise for a gradient without second moment, unless it is nothing but zeros."""
-        if moment is None:
+        if "_perexample_moment" not in p.__dict__:
             raise RuntimeError(self._no_moment(p, group))
-        if moment.ambiguous:
+        if moment is not None and moment.ambiguous:
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} is zero everywhere and was "
                 f"changed in place while others were too, so whether it was cleared or clipped cannot be told; clear "
                 f"gradients with set_to_none=True, and clip with px.clip_grad_norm_"
             )
-        if moment.live and moment.leaf is not None and moment.leaf.grad is not None:
+        if moment is not None and moment.live and moment.leaf is not None and moment.leaf.grad is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradient of {self._name_of(p, group)} was accumulated in "
                 f"{moment.grad_rounds} backward passes, its second moment in {moment.leaf_rounds}: some ran in "
                 f"eval mode, under px.no_moments(), past the layer, with backward(inputs=...), or before a "
                 f"change of dtype or device; clear the gradients and accumulate all in one way"
             )
-        if bool(grad.any()):
+        if moment is None or bool(grad.any()):
             raise RuntimeError(
                 f"{type(self).__name__}.step: {self._name_of(p, group)} has a gradient but no second moment: its "
                 f"forward pass ran in eval mode, under px.no_moments(), or outside of the layer that owns it (F.linear "
