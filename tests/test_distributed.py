@@ -1,10 +1,12 @@
-"""Tensor parallelism is refused by name, in one process that takes itself for a group."""
+"""What is refused of distributed training, in one process that takes itself for a group."""
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch.distributed as dist
-from models import raises
+from models import X, Y, adam, backward, mlp, raises
 from torch import nn
 
 import perexample as px
@@ -23,6 +25,28 @@ def mesh():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield DeviceMesh("cpu", [0])
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["per_example", "per_batch"])
+def test_data_parallel_in_several_processes_is_refused_by_the_step(mesh, kind):
+    """Gradients are averaged over them then, second moments and counts are not."""
+    model = px.convert(mlp())
+    parallel = nn.parallel.DistributedDataParallel(model)
+    opt = adam(model, second_moment=kind)
+    backward(parallel, X.float(), target=Y.float())
+    opt.step()
+    opt.zero_grad()
+    parallel.process_group = types.SimpleNamespace(size=lambda: 2)
+    backward(parallel, X.float(), target=Y.float())
+    message = (
+        "Adam.step: DistributedDataParallel averaged the gradients over 2 processes, but second moments and examples "
+        "are those of this process; train in one process"
+    )
+    with raises(RuntimeError, message + (", or pass step(batch_size=...) of all together" * (kind == "per_batch"))):
+        opt.step()
+    assert opt.state[model[0].weight]["examples"].item() == 6
+    if kind == "per_batch":
+        opt.step(batch_size=12)
 
 
 def test_dtensors_are_refused_and_plain_layers_beside_them_are_not(mesh):

@@ -256,6 +256,34 @@ def test_examples_of_a_pass_that_counts_none_are_missed(how, kind):
     assert opt.state[model[0].weight]["examples"].item() == 18
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_a_pass_in_eval_mode_beside_one_in_training_in_one_backward_pass(kind):
+    model = px.convert(mlp(torch.float64))
+    opt = px.optim.SGD(model.parameters(), lr=1e-3) if kind == "SGD" else adam(model)
+    loss = half_square_mean(model(X), Y)
+    loss = loss + 1e-3 * half_square_mean(model.eval()(X[:2]), Y[:2])  # too little for the guard
+    model.train()
+    loss.backward()
+    message = (
+        f"{kind}.step: part of the gradient of parameter '0.weight' came from a forward pass in eval mode or under "
+        f"px.no_moments(), whose examples are not counted; make all alike"
+    )
+    with raises(RuntimeError, message + (", or pass step(batch_size=...)" if kind == "SGD" else "")):
+        opt.step()
+    assert not opt.state
+    # Where nothing of it reaches the parameters, it is no business of the step's.
+    opt.zero_grad()
+    x = X.clone().requires_grad_()
+    model.eval()
+    torch.autograd.grad(half_square_mean(model(x), Y), x)
+    with torch.no_grad():
+        target = model(X)
+    model.train()
+    (half_square_mean(model(X), target) + half_square_mean(model(X), Y)).backward()
+    opt.step()
+    assert opt.state[model[0].weight]["examples"].item() == 12
+
+
 def test_a_penalty_that_is_backpropagated_by_itself_is_no_pass():
     model = px.convert(mlp(torch.float64))
     opt = px.optim.SGD(model.parameters(), lr=1e-3)

@@ -1,4 +1,4 @@
-"""What a step, clipping, unscaling and the noise scale do on a device: no value of it is waited for.
+"""What a step, clipping and the noise scale do on a device: no value of it is waited for.
 
 Everything runs on the meta device, whose tensors have no values: looking at one raises. The mode notes what else could
 make the host wait, or leave a scalar on it.
@@ -18,7 +18,7 @@ import perexample as px
 
 
 class Transfers(TorchDispatchMode):
-    """Notes the ops that take or give tensors of the host, and those that look at values."""
+    """Notes the ops between the host and the device, but for copies to the device that nobody waits for."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,8 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if any(t.device.type == "cpu" for t in tensors) or "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+        sends = "_to_copy" in str(func) and kwargs.get("non_blocking") and out.device.type == "meta"
+        if len({t.device.type for t in tensors}) > 1 and not sends:
             self.found.append(str(func))
         return out
 
@@ -38,9 +39,9 @@ def model():
         return px.convert(mlp())
 
 
-def backward(model, scaler=None):
-    loss = F.cross_entropy(model(torch.empty(4, 5, device="meta")), torch.empty(4, dtype=torch.long, device="meta"))
-    (loss if scaler is None else scaler.scale(loss)).backward()
+def backward(model):
+    x, y = torch.empty(4, 5, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    F.cross_entropy(model(x), y).backward()
 
 
 def test_the_meta_device_notices():
@@ -48,7 +49,9 @@ def test_the_meta_device_notices():
         torch.empty((), device="meta").item()
     with Transfers() as transfers:
         torch.ones((), device="meta") * torch.ones(())
-    assert transfers.found
+        torch.ones(()).to("meta")
+        torch.ones(()).to("meta", non_blocking=True)
+    assert transfers.found == ["aten.mul.Tensor", "aten._to_copy.default"]
 
 
 @pytest.mark.parametrize("second", ["per_example", "per_batch"])
@@ -66,11 +69,16 @@ def test_step(model, kind, second):
     assert all(value.device.type == "meta" for state in opt.state.values() for value in state.values())
 
 
-def test_step_with_tensors_for_the_learning_rate_and_the_batch_size(model):
-    opt = make("Adam", model.parameters(), lr=torch.tensor(1e-3, device="meta"))
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_tensors_for_the_learning_rate_and_the_batch_size(model, device):
+    lr, batch, limit = (torch.tensor(value, device=device) for value in (1e-3, 4.0, 1.0))
+    opt, noise = make("Adam", model.parameters(), lr=lr), px.noise.GradientNoise(model)
     backward(model)
     with Transfers() as transfers:
-        opt.step(batch_size=torch.tensor(4, device="meta"))
+        px.clip_grad_norm_(model.parameters(), limit)
+        for size in (batch, 4):
+            noise.update(batch_size=size, grad_scale=size)
+        opt.step(batch_size=batch.double())
     assert not transfers.found
 
 
@@ -82,7 +90,7 @@ def test_clipping(model):
 
 
 def test_a_step_under_a_grad_scaler(model):
-    """What GradScaler hands over, and what px.unscale_ does beside torch's own."""
+    """With what GradScaler hands over."""
     opt = make("Adam", model.parameters())
     backward(model)
     opt.grad_scale, opt.found_inf = (torch.empty((), device="meta") for _ in range(2))

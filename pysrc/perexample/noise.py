@@ -42,7 +42,11 @@ def _second_moment(p: Tensor, what: str) -> tuple[Moment, Tensor, Tensor] | None
 
 def _batch(moment: Moment, second: Tensor, what: str, batch_size: int | Tensor | None) -> Tensor:
     """B: a scalar on the device."""
-    batch = _examples(moment) if batch_size is None else torch.as_tensor(batch_size, device=second.device)
+    if isinstance(batch_size, Tensor):
+        return batch_size.to(second.device, non_blocking=True)
+    if batch_size is not None:
+        return torch.full((), batch_size, dtype=torch.float32, device=second.device)
+    batch = _examples(moment)
     if batch is None:
         raise ValueError(f"{what}: no example was counted; call the model that was converted, or give batch_size")
     return batch
@@ -180,7 +184,9 @@ class GradientNoise:
             trace = (square - mean_square) * batch / (batch - 1)
             terms = torch.stack([trace, mean_square - trace / batch])
             if grad_scale is not None:
-                terms = terms / torch.as_tensor(grad_scale, device=terms.device).to(terms.dtype).square()
+                if isinstance(grad_scale, Tensor):
+                    grad_scale = grad_scale.to(terms.device, terms.dtype, non_blocking=True)
+                terms = terms / grad_scale**2
             old = self.averages.get(name)
             if old is None:
                 old = torch.zeros(3, dtype=terms.dtype, device=terms.device)

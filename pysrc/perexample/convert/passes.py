@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from .. import autograd
@@ -61,6 +62,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not (torch.is_grad_enabled() and _Mode.enabled):
         examples.unnoticed = examples.unnoticed or torch.is_grad_enabled()
         return
+    if eager:
+        data_parallel = DistributedDataParallel._get_active_ddp_module()
+        examples.processes = 1 if data_parallel is None else data_parallel.process_group.size()
     if not again:
         examples.forget_backward()  # in case the last backward pass raised
         if eager:
@@ -104,10 +108,11 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     examples: ExampleCount = module._examples  # type: ignore[assignment]
     if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
         return None
-    batch, tracked = examples.batch, any(how != WITHOUT for how in examples.used.values())
+    batch, used = examples.batch, examples.used
     examples.end_pass()
-    if not (module.training or tracked):
-        examples.unnoticed = True
+    if not module.training and all(how == WITHOUT for how in used.values()):
+        if used:
+            _watch(examples, output)
         return None
     examples.last_batch = batch
     examples.forward_pending = True
@@ -130,6 +135,16 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _watch(examples: ExampleCount, output: Any) -> None:
+    """Notice a backward pass through `output`, whose examples are not counted."""
+    for tensor in pytree.tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                examples.unnoticed = True
+            else:
+                tensor.grad_fn.register_prehook(examples.note_missed)
 
 
 def _abandon(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

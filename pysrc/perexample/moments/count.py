@@ -46,9 +46,11 @@ class ExampleCount:
         self.rooted = False  # whether a converted model counts here at all
         self.nested: dict[str, int] = {}  # converted parts that were called inside of a pass
         self.unnoticed = False  # whether a pass was made that counts nothing, though its output has gradients
-        self.missed = False  # whether such a one was backpropagated through
+        self.missed = False  # whether such a one was backpropagated through, to parameters
+        self._missed_task = -1  # the backward pass that went through the output of such a one
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
         self.last_batch = 0
+        self.processes = 1  # over how many DistributedDataParallel averages the gradients of the last pass
         self.unfinished: list[Uses] = []  # with pieces that the backward pass under way has not contracted
         self.backward: dict[int, set[int]] = {}  # the examples of the forward passes that are being backpropagated
         self.rounds = 0  # backward passes since the count was cleared
@@ -127,7 +129,9 @@ class ExampleCount:
 
     def _end_round(self) -> None:
         self._in_round = False
-        if self.rooted and not self.counted:
+        if self.rooted and self._missed_task == self._task:
+            self.missed = True
+        elif self.rooted and not self.counted:
             if self.touched:
                 self.uncounted = self.touched
             elif self.unnoticed:
@@ -227,6 +231,10 @@ class ExampleCount:
             self.backward = {task: {batch}}
         else:
             self.backward[task].add(batch)
+
+    def note_missed(self, *_: object) -> None:
+        """A backward pass goes through the output of a forward pass that used parameters and counted no examples."""
+        self._missed_task = torch._C._current_graph_task_id()
 
     def recomputed_batch(self, who: str) -> int:
         """The examples of the forward pass that checkpointing repeats in the backward pass under way."""

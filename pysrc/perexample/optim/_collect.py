@@ -135,6 +135,18 @@ class Collecting(Base):
                 continue
             p, moment = part.params[first], part.moments[first]
             examples, base = (None, None) if moment is None else (moment.examples, moment.base)
+            if examples is not None and examples.missed and (batch_size is None or all_sums):
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: part of the gradient of {self._name_of(p, group)} came from a "
+                    f"forward pass in eval mode or under px.no_moments(), whose examples are not counted; make all "
+                    f"alike{'' if all_sums else ', or pass step(batch_size=...)'}"
+                )
+            if examples is not None and examples.processes > 1 and (batch_size is None or all_sums):
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: DistributedDataParallel averaged the gradients over "
+                    f"{examples.processes} processes, but second moments and examples are those of this process; "
+                    f"train in one process{'' if all_sums else ', or pass step(batch_size=...) of all together'}"
+                )
             total = batch_size
             if total is None:
                 total = self._counted(p, group, moment, grads)
@@ -173,12 +185,6 @@ class Collecting(Base):
                 f"{type(self).__name__}.step: '{examples.uncounted}' was backpropagated through outside of the "
                 f"converted model as well as inside, so its examples were not all counted; convert the part that is "
                 f"called by itself (px.convert(model.part)), or pass step(batch_size=...)"
-            )
-        if examples is not None and examples.missed and not self._per_example(group):
-            raise RuntimeError(
-                f"{type(self).__name__}.step: part of the gradient of {self._name_of(p, group)} came from a forward "
-                f"pass in eval mode or under px.no_moments(), whose examples are not counted; make all alike, or pass "
-                f"step(batch_size=...)"
             )
         if total is None and not self._per_example(group):
             zeros = [not grad.any() for grad in grads if grad is not None]

@@ -177,7 +177,7 @@ class FusedOptimizer(Collecting):
         """The learning rate as a scalar on the device, made only where it has changed."""
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            return lr.to(device, torch.float64)
+            return lr.to(device, torch.float64, non_blocking=True)
         known = self._rates.get((id(group), device))
         if known is None or known[0] != lr:
             known = lr, torch.full((), float(lr), dtype=torch.float64, device=device)

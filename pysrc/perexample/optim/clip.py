@@ -59,7 +59,7 @@ def clip_grad_norm_(
     owners = {p: moment_of(p) for p in params if p.grad is not None}
     grads = [p.grad for p in owners if p.grad is not None]
     norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-    limit = max_norm.to(norm.device).reshape(()) if isinstance(max_norm, Tensor) else max_norm
+    limit = max_norm.to(norm.device, non_blocking=True).reshape(()) if isinstance(max_norm, Tensor) else max_norm
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     # Asked for before the gradients change: what belongs to gradients that were cleared is gone then.
     squares = [second for moment in owners.values() if moment and (second := moment.current()) is not None]
