@@ -78,6 +78,7 @@ class Compiled:
     mma: int
     tma: int  # bulk tensor copies
     copies: int  # other asynchronous copies
+    vectors: int  # loads and stores of 16 bytes
     atomics: int
 
     @property
@@ -135,6 +136,7 @@ def read(kernel: Any, name: str, arch: int, log: str) -> Compiled:
         mma=ptx.count("mma.sync"),
         tma=ptx.count("cp.async.bulk.tensor"),
         copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        vectors=len(re.findall(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
     )
 

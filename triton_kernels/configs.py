@@ -29,6 +29,16 @@ class Rows(NamedTuple):
     programs: int  # for each multiprocessor
 
 
+class Step(NamedTuple):
+    """How the optimizer's step walks its tensors."""
+
+    chunk: int  # elements of a program
+    block: int  # of them at once
+    warps: int
+    registers: int  # at most, of a thread; left alone, ptxas saves some of them around divisions
+    rows: int  # tensors that one launch tells the device of: 8 * 7 bytes of at most 4096 of arguments each
+
+
 # Tiles of this many rows run one after another (see linear.tile_of).
 GROUP = 8
 # Elements of a program that adds up the parts of a batch.
@@ -39,6 +49,7 @@ NORM = Rows(outputs=64, elements=2048, warps=4, programs=4)
 NORM_ROW = 2048
 # Columns of a table's row taken at once.
 EMBEDDING = 256
+STEP = Step(chunk=8192, block=512, warps=4, registers=64, rows=64)
 # Positions of one output and tap.
 DEPTHWISE = Rows(outputs=1, elements=1024, warps=4, programs=4)
 

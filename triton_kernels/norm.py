@@ -1,7 +1,8 @@
-"""LayerNorm, RMSNorm and GroupNorm (MATHS 7).
+"""LayerNorm, RMSNorm, GroupNorm, and BatchNorm with fixed statistics (MATHS 7).
 
 ``G_b = sum_t dy xhat`` (weight), ``sum_t dy`` (bias), and with ``h = dy weight`` and means over what was normalized
-together, ``dx = rstd (h - mean(h) - xhat mean(h xhat))``; RMSNorm has no mean of x, nor of h.
+together, ``dx = rstd (h - mean(h) - xhat mean(h xhat))``; RMSNorm has no mean of x, nor of h. The statistics of
+BatchNorm in eval mode are constants of its channels: ``dx = rstd h``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, configs
+from .reduce import bias_moments
 
 
 @triton.jit
@@ -85,6 +87,26 @@ def _normalized(
 
 
 @triton.jit
+def _scaled(
+    dy, rstd, weight, dx, channels, positions, dy_b, dy_c, dy_s, dx_b, dx_c, dx_s,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx[b,c,s] = dy[b,c,s] weight[c] rstd[c]  (MATHS 7), for a block of the (channels, positions) of one example."""
+    size = channels.to(tl.int64) * positions
+    blocks = tl.cdiv(size, BLOCK)
+    b = tl.program_id(0) // blocks
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    c = i // positions
+    s = i % positions
+    h = tl.load(dy + b * dy_b + c * dy_c + s * dy_s, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHT:
+        h *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    h *= tl.load(rstd + c, mask=inside, other=0.0)
+    tl.store(dx + b * dx_b + c * dx_c + s * dx_s, h, mask=inside)
+
+
+@triton.jit
 def _affine(
     dy, x, mean, rstd, dw, dw_sq, batch, positions, features, examples, dy_b, dy_p, dy_f, x_b, x_p, x_f,
     stat_b, stat_p, stat_f, together, BP: tl.constexpr, BF: tl.constexpr, MEAN: tl.constexpr,
@@ -136,9 +158,7 @@ def _norm(
     *,
     centered: bool = True,
 ) -> tuple[Tensor, ...]:
-    """All three norms: without `groups` (B, T, D) normalized over D, else (B, C, S) normalized over a group and S."""
-    from .reduce import bias_moments
-
+    """The norms of each example: without `groups` (B, T, D) normalized over D, else (B, C, S) over a group and S."""
     _launch.check(name, dy.dim() == 3 and x.shape == dy.shape, f"x must be {tuple(dy.shape)}, got {tuple(x.shape)}")
     _launch.check_inputs(name, dy=dy, x=x)
     _launch.check(name, dy.dtype != torch.float64, "float64 is not supported")
@@ -180,27 +200,44 @@ def _norm(
         )  # fmt: skip
     # The affine part's view of dy and x: (batch, positions, features).
     dy_rows, x_rows = (dy, x) if groups is None else (dy.mT, x.mT)
+    moments = _affine_moments(
+        dy_rows, x_rows, mean, rstd, stat, dtype, output_mask[1], output_mask[-1] and centered
+    )  # fmt: skip
+    return (dx if output_mask[0] else dx.view(0), *moments)
+
+
+def _affine_moments(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    stat: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    weight: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dw, dw_sq, db, db_sq of dy and x (B, positions, features), as far as wanted; `stat`: see the end of `_affine`."""
+    batch, positions, features = dy.shape
+    rows = configs.NORM
+    block_f = min(rows.outputs if dy.stride(2) == 1 else 1, _launch.power_of_two(features))
+    block_p = min(rows.elements // block_f, _launch.power_of_two(positions))
+    tiles = _launch.cdiv(features, block_f)
 
     def run(dw: Tensor, dw_sq: Tensor) -> None:
         _launch.launch(
-            _affine, (tiles, parts.count), dy_rows, x_rows, rstd if mean is None else mean, rstd, dw, dw_sq, batch,
-            *affine, parts.examples, *dy_rows.stride(), *x_rows.stride(), *stat, BP=block_p, BF=block_f,
-            MEAN=centered, num_warps=shape.warps,
+            _affine, (tiles, parts.count), dy, x, rstd if mean is None else mean, rstd, dw, dw_sq, batch, positions,
+            features, parts.examples, *dy.stride(), *x.stride(), *stat, BP=block_p, BF=block_f,
+            MEAN=mean is not None, num_warps=rows.warps,
         )  # fmt: skip
 
-    shape = configs.NORM
-    if not output_mask[1]:
-        weight_moments = _launch.empty_moments((0,), dy, dtype)
-    elif empty:
-        weight_moments = _launch.zero_moments((affine[1],), dy, dtype)
+    if not weight:
+        weights = _launch.empty_moments((0,), dy, dtype)
+    elif dy.numel() == 0:
+        weights = _launch.zero_moments((features,), dy, dtype)
     else:
-        block_f = min(shape.outputs if dy_rows.stride(2) == 1 else 1, _launch.power_of_two(affine[1]))
-        block_p = min(shape.elements // block_f, _launch.power_of_two(affine[0]))
-        tiles = _launch.cdiv(affine[1], block_f)
-        parts = _launch.split(batch, tiles, shape.programs * _launch.device_of(dy).processors, affine[1])
-        weight_moments = _launch.with_moments(run, (affine[1],), dy, dtype, parts.count)
-    bias = bias_moments(dy_rows, dtype) if output_mask[-1] and centered else _launch.empty_moments((0,), dy, dtype)
-    return (dx if output_mask[0] else dx.view(0), *weight_moments, *bias)
+        parts = _launch.split(batch, tiles, rows.programs * _launch.device_of(dy).processors, features)
+        weights = _launch.with_moments(run, (features,), dy, dtype, parts.count)
+    return *weights, *(bias_moments(dy, dtype) if bias else _launch.empty_moments((0,), dy, dtype))
 
 
 def layer_norm_moments(
@@ -224,3 +261,29 @@ def group_norm_moments(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The dispatcher's kernel of `perexample.ops.group_norm_moments`: dy, x (B, C, S) -> dx, dw, dw_sq, db, db_sq."""
     return _norm("group_norm_moments", dy, x, mean, rstd, weight, groups, eps, output_mask)
+
+
+def batch_norm_moments(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The dispatcher's kernel of `perexample.ops.batch_norm_moments`: dy, x (B, C, S) -> dx, dw, dw_sq, db, db_sq."""
+    name = "batch_norm_moments"
+    _launch.check(name, dy.dim() == 3 and x.shape == dy.shape, f"x must be {tuple(dy.shape)}, got {tuple(x.shape)}")
+    _launch.check_inputs(name, dy=dy, x=x)
+    _launch.check(name, dy.dtype != torch.float64, "float64 is not supported")
+    batch, channels, positions = dy.shape
+    for label, value in (("mean", mean), ("rstd", rstd), ("weight", weight)):
+        right = value is None or (value.shape == (channels,) and value.device == dy.device)
+        _launch.check(name, right, f"{label} must be {(channels,)} on {dy.device}")
+    mean, rstd = (s.to(torch.float32).contiguous() for s in (mean, rstd))
+    dx = torch.empty(dy.shape if output_mask[0] else (0, 1, 1), dtype=dy.dtype, device=dy.device)
+    if dx.numel() > 0:
+        block = min(configs.NORM_ROW, _launch.power_of_two(channels * positions))
+        _launch.launch(
+            _scaled, (batch * _launch.cdiv(channels * positions, block),), dy, rstd,
+            rstd if weight is None else weight.contiguous(), dx, channels, positions, *dy.stride(), *dx.stride(),
+            WEIGHT=weight is not None, BLOCK=block,
+        )  # fmt: skip
+    dtype = dy.dtype if weight is None else weight.dtype
+    moments = _affine_moments(dy.mT, x.mT, mean, rstd, (0, 0, 1, 1), dtype, output_mask[1], output_mask[2])
+    return (dx if output_mask[0] else dx.view(0), *moments)

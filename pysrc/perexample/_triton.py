@@ -30,9 +30,14 @@ MODULES = {
     "layer_norm_moments": "norm",
     "rms_norm_moments": "norm",
     "group_norm_moments": "norm",
+    "batch_norm_moments": "norm",
+    "optimizer_step_": "optimizer",
 }
 # They compute in float32: the reference takes float64.
-NO_FLOAT64 = ("linear_moments", "conv_moments", "layer_norm_moments", "rms_norm_moments", "group_norm_moments")
+NO_FLOAT64 = (
+    "linear_moments", "conv_moments", "layer_norm_moments", "rms_norm_moments", "group_norm_moments",
+    "batch_norm_moments",
+)  # fmt: skip
 CHOICES = ("", "triton", "reference")
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

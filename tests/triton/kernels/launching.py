@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from perexample.triton_kernels import _launch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from perexample import _triton
 
@@ -19,12 +19,17 @@ every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 
 def launcher(name):
-    """The launcher of an op, called with and returning CPU tensors of the same strides."""
+    """The launcher of an op, called with and returning CPU tensors of the same strides; it may change them in place."""
     function = getattr(importlib.import_module(f"perexample.triton_kernels.{_triton.MODULES[name]}"), name)
 
     def call(*args, **keywords):
-        args, keywords = tree_map_only(torch.Tensor, _to_device, (args, keywords))
-        return tree_map_only(torch.Tensor, lambda t: t.cpu(), function(*args, **keywords))
+        given = (args, keywords)
+        moved = tree_map_only(torch.Tensor, _to_device, given)
+        results = function(*moved[0], **moved[1])
+        for own, its in zip(tree_leaves(given), tree_leaves(moved), strict=True):
+            if own is not its and not torch.equal(its.cpu(), own):
+                own.copy_(its)
+        return tree_map_only(torch.Tensor, lambda t: t.cpu(), results)
 
     return call
 

@@ -94,6 +94,18 @@ def test_norms_with_statistics_and_without_weight(case, mask, layout):
         check("rms_norm_moments", dy, x, (x.square().mean(2) + 1e-5).rsqrt(), None, 1e-5, mask[:2])
 
 
+# Channels and positions around a block, rows of one position, more of each example than a block holds.
+@every_dtype
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 3, 1), (2, 8, 300), (0, 4, 6), (2, 3, 0)], ids=str)
+def test_batch_norm(shape, dtype):
+    dy, x, statistics = *torch.randn(2, *shape).to(dtype), [torch.randn(shape[1]), torch.rand(shape[1]) + 0.5]
+    check("batch_norm_moments", dy, x, *statistics, torch.randn(shape[1]), [True] * 3)
+    check("batch_norm_moments", dy, x.mT.contiguous().mT, *statistics, None, [True] * 3)
+    if dtype == torch.float32:
+        for mask in ([True, False, False], [False, True, False], [False, False, True]):
+            check("batch_norm_moments", relaid(dy, "stepped"), x, *statistics, torch.randn(shape[1]).double(), mask)
+
+
 @pytest.mark.parametrize("name", ["layer_norm_moments", "group_norm_moments"])
 def test_norms_without_examples(name):
     empty, further = torch.empty(0, 4, 6), [2] if name == "group_norm_moments" else []
@@ -172,6 +184,7 @@ def test_parts_of_the_batch_add_up():
         for launches in (
             check("layer_norm_moments", *x, None, None, torch.randn(6), 1e-5, [True] * 3),
             check("group_norm_moments", *x, None, None, torch.randn(12), 3, 1e-5, [True] * 3),
+            check("batch_norm_moments", *x, torch.randn(12), torch.rand(12), torch.randn(12), [True] * 3),
             check("conv_moments", x[0], x[1], [1], [1], [0], [1], 1, True),
             check("conv_moments", x[0], x[1], [1], [1], [0], [1], 12, False),
             check("bias_moments", x[0]),
@@ -187,6 +200,9 @@ def test_wrong_arguments_raise():
         ("layer_norm_moments", (ones, ones, None, None, ones[0, 0, :5], 1e-5, [True] * 3), "weight must be"),
         ("layer_norm_moments", (ones, ones, ones[0], ones[0], None, 1e-5, [True] * 3), "mean must be"),
         ("group_norm_moments", (ones, ones, None, None, None, 3, 1e-5, [True] * 3), "groups must divide C=4"),
+        ("batch_norm_moments", (ones, ones[:1], ones[0, :, 0], ones[0, :, 0], None, [True] * 3), "x must be"),
+        ("batch_norm_moments", (ones, ones, ones[0, 0], ones[0, :, 0], None, [True] * 3), "mean must be"),
+        ("batch_norm_moments", (ones, ones, *ones[0, :, :2].T, ones[0, 0], [True] * 3), "weight must be"),
         ("rms_norm_moments", (ones.double(), ones.double(), None, None, 1e-5, [True] * 2), "float64 is not supported"),
         ("embedding_moments", (ones, zeros[:, :3], 5), "indices must be"),
         ("embedding_moments", (ones, zeros.float(), 5), "indices must be"),

@@ -1,11 +1,14 @@
 """The kernels behind the dispatcher, in the interpreter in place of the CPU's: opcheck, compile, layers, the step."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from launching import interpreted
+from launching import interpreted, launcher
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import perexample as px
 from perexample import _triton
@@ -27,6 +30,18 @@ def triton_serves_the_cpu():
         _triton.register("CPU", override=True)
 
 
+def step(sizes, dtype=torch.float32, **more):
+    params, grads = ([torch.rand(size).to(dtype) for size in sizes] for _ in range(2))
+    sums = [torch.rand(size) for size in sizes]
+    state, count = [torch.rand(64 * len(sizes)) for _ in range(2)], len(sizes)
+    scalars = dict(
+        batch_size=torch.tensor(4.0), lr=torch.tensor(1e-3), n_g=10.0, n_s=20.0, eps=1e-8, weight_decay=0.1,
+        centered=False, squared_denominator=False, lr_times_eps=False, correct_g=True, correct_s=True, power=False,
+        mean_reduction=True, maximize=False, guard_rounds=1,
+    )  # fmt: skip
+    return (params, grads, sums, *state, torch.zeros(count).double(), torch.zeros(count).int()), scalars | more
+
+
 def samples():
     rand = torch.randn
     return {
@@ -46,6 +61,11 @@ def samples():
         ],
         "rms_norm_moments": [((rand(2, 3, 8), rand(2, 3, 8), None, None, 1e-5, [True, True]), {})],
         "group_norm_moments": [((rand(2, 4, 5), rand(2, 4, 5), None, None, rand(4), 2, 1e-5, [True, True, True]), {})],
+        "batch_norm_moments": [((rand(2, 4, 5), rand(2, 4, 5), rand(4), rand(4), rand(4), [True] * 3), {})],
+        "optimizer_step_": [
+            step([(3, 5), (7,)]),
+            step([(3, 5), ()], torch.bfloat16, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
+        ],
         "bias_moments": [((rand(3, 4, 5),), {}), ((rand(2, 3, 4).bfloat16(), torch.float32), {})],
         "reduce_moments": [((rand(4, 2, 9),), {}), ((rand(9),), {}), ((rand(2, 9).half(), torch.float64), {})],
     }
@@ -55,14 +75,52 @@ def test_every_op_has_a_sample():
     assert set(samples()) == set(_triton.MODULES)
 
 
-@pytest.mark.parametrize(("name", "index"), [(name, i) for name, rows in samples().items() for i in range(len(rows))])
+every_sample = pytest.mark.parametrize(
+    ("name", "index"), [(name, i) for name, rows in samples().items() for i in range(len(rows))]
+)
+
+
+@every_sample
 def test_opcheck_and_the_reference(name, index):
     arguments, keywords = samples()[name][index]
     op = getattr(torch.ops.perexample, name).default
     assert _triton.source(name, "CPU") is not None
     torch.library.opcheck(op, arguments, keywords)
-    for actual, expected in zip(op(*arguments, **keywords), OPS[name][0](*arguments, **keywords), strict=True):
-        assert (actual.shape, actual.dtype, actual.stride()) == (expected.shape, expected.dtype, expected.stride())
+    copies = [copy.deepcopy((arguments, keywords)) for _ in range(2)]
+    results = [run(*args, **words) for run, (args, words) in zip((op, OPS[name][0]), copies, strict=True)]
+    for actual, expected in zip(*(tree_leaves(pair) for pair in zip(results, copies, strict=True)), strict=True):
+        if isinstance(actual, torch.Tensor):
+            assert (actual.shape, actual.dtype, actual.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+# What would wait for a CUDA device, or copy to it from the host: neither can be captured in a graph.
+WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "nonzero", "masked_select", "_unique2", "_to_copy"}
+
+
+class Recording(TorchDispatchMode):
+    """The names of the operators of PyTorch that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@every_sample
+def test_nothing_waits_for_the_device(name, index):
+    arguments, keywords = samples()[name][index]
+    if not _triton._served(name, tree_leaves(arguments)[0]):
+        pytest.skip("served by the reference")
+    with Recording() as ran:
+        launcher(name)(*arguments, **keywords)
+    assert ran.names and not ran.names & WAITING
+    # The same mode sees what it is there to see.
+    with Recording() as ran:
+        torch.ones(3)[torch.ones(3) > 0].sum().item()
+    assert ran.names & WAITING
 
 
 class Net(nn.Module):

@@ -1,10 +1,10 @@
-"""The kernels of norms, embedding and convolution, compiled for every architecture."""
+"""The kernels of norms, embedding, convolution and the step, compiled for every architecture."""
 
 from unittest import mock
 
 import pytest
 import torch
-from perexample.triton_kernels import ahead, configs, conv, embedding, norm
+from perexample.triton_kernels import ahead, configs, conv, embedding, norm, optimizer
 
 ARCHS = tuple(configs.CONV)
 every_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -34,8 +34,55 @@ def test_what_only_adds_up(arch):
         norm.layer_norm_moments(x, x, None, None, torch.empty(768), 1e-5, [True] * 3)
         norm.rms_norm_moments(x, x, torch.empty(16, 64), torch.empty(768), 1e-5, [True] * 2)
         norm.group_norm_moments(image.flatten(2), image.flatten(2), None, None, torch.empty(96), 8, 1e-5, [True] * 3)
+        norm.batch_norm_moments(image.flatten(2), image.flatten(2), *torch.empty(3, 96), [True] * 3)
         embedding.embedding_moments(x, torch.zeros(16, 64, dtype=torch.long), 1000)
         conv.conv_moments(image, image, [3, 3], [1, 1], [1, 1], [1, 1], 96, False)
-    assert {c.name for c in made} >= {"_normalized", "_affine", "_table_row", "_depthwise", "_bias"}
+    assert {c.name for c in made} >= {"_normalized", "_affine", "_scaled", "_table_row", "_depthwise", "_bias"}
     for compiled in made:
         assert not compiled.problems(), compiled
+
+
+HALF = torch.bfloat16
+STEPS = {  # dtypes of parameters, gradients and state; exp_avg, exp_avg_sq, centered
+    "adam": (torch.float32, torch.float32, torch.float32, True, True, False),
+    "adam, half": (HALF, HALF, HALF, True, True, False),
+    "adam, half gradients": (torch.float32, HALF, torch.float32, True, True, False),
+    "adam, float64": (torch.float64, torch.float64, torch.float64, True, True, False),
+    "centered": (torch.float32, torch.float32, torch.float32, True, True, True),
+    "momentum": (torch.float32, torch.float32, torch.float32, True, False, False),
+    "sgd": (torch.float32, torch.float32, torch.float32, False, False, False),
+}
+
+
+def step(dtype, grad_dtype, state, average, square, centered):
+    """The kernels of a step over a tensor of many chunks and a small one; all options that add work are on."""
+    shapes = [(1 << 20,), (70,)]
+    params, grads = ([torch.empty(shape, dtype=d) for shape in shapes] for d in (dtype, grad_dtype))
+    sums = [torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32)) for shape in shapes]
+    averages = [torch.empty((1 << 20) + 128, dtype=state) if kept else None for kept in (average, square)]
+    scalar, seen = torch.tensor(2.0), torch.empty(2, dtype=torch.float64)
+    optimizer.optimizer_step_(
+        params, grads, sums, *averages, seen, torch.empty(2, dtype=torch.int32), scalar, scalar.double(), 10.0, 100.0,
+        1e-8, 0.1, centered, False, False, True, True, False, True, False, 1, scalar, scalar,
+    )  # fmt: skip
+
+
+@every_arch
+@pytest.mark.parametrize("kind", STEPS)
+def test_step(arch, kind):
+    with ahead.compiling(arch) as made:
+        step(*STEPS[kind])
+    assert [c.name for c in made] == ["_table", "_constants", "_step"]
+    for compiled in made:
+        assert not compiled.problems(), compiled
+    # 4 elements of each array at once, which for all but half precision is a vector of 16 bytes.
+    dtype, grad_dtype, state, average, square, _ = STEPS[kind]
+    accesses = [dtype, grad_dtype, torch.float32, dtype, *[state] * 2 * (average + square)]
+    assert made[-1].vectors >= sum(accessed != HALF for accessed in accesses), made[-1]
+    assert made[-1].resident * made[-1].warps >= 32, made[-1]
+
+
+def test_a_step_that_spills_is_caught():
+    with mock.patch.object(configs, "STEP", configs.STEP._replace(registers=24)), ahead.compiling(90) as made:
+        step(*STEPS["adam"])
+    assert any("spills" in problem for problem in made[-1].problems()), made[-1]
