@@ -79,7 +79,7 @@ _LINEAR_DESCRIPTOR: LinearTable = {
     ("pointer", "half", 64): Tile(64, 128, 64, 4, 3, 2),
     ("pointer", "half", 0): Tile(128, 128, 64, 8, 3, 1),
     ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
-    ("one position", "half", 1): Tile(128, 128, 32, 8, 2, 1),
+    ("one position", "half", 1): Tile(128, 128, 16, 8, 2, 1),
     ("one position, unaligned", "half", 1): Tile(64, 64, 32, 4, 3, 2),
 }
 LINEAR: dict[int, LinearTable] = {
@@ -89,7 +89,7 @@ LINEAR: dict[int, LinearTable] = {
         ("pointer", "half", 64): Tile(64, 128, 64, 8, 3, 1),
         ("pointer", "half", 0): Tile(128, 64, 32, 8, 4, 1),
         ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
-        ("one position", "half", 1): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "half", 1): Tile(64, 64, 16, 4, 3, 2),
         ("one position, unaligned", "half", 1): Tile(64, 64, 32, 8, 3, 1),
         **_LINEAR_FLOAT32,
     },
@@ -98,6 +98,7 @@ LINEAR: dict[int, LinearTable] = {
         **_LINEAR_DESCRIPTOR,
         ("pointer", "half", 64): Tile(64, 64, 64, 4, 3, 2),
         ("pointer", "half", 0): Tile(64, 128, 64, 8, 3, 1),
+        ("one position, unaligned", "half", 1): Tile(64, 64, 16, 4, 3, 2),
         ("one position", "half", 1): Tile(64, 128, 32, 8, 2, 1),  # of 128x128 Triton 3.6 makes an empty kernel
         **_LINEAR_FLOAT32,
     },
@@ -105,7 +106,7 @@ LINEAR: dict[int, LinearTable] = {
 CONV: dict[int, dict[str, Tile]] = {
     arch: {
         "half": Tile(64, 64, 32, 4, 3, 2),
-        "float32": Tile(64, 32, 16, 4, 2, 2),
+        "float32": Tile(64, 32, 16, 4, 3 if arch == 80 else 2, 2),
         "tf32": Tile(64, 32, 32, 4, 2, 2),
     }
     for arch in (80, 90, 100)
