@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import _launch
+from . import _launch, configs, conv, linear
 
 # Of an architecture: multiprocessors of its best known GPU, bytes of shared memory for a program and for a
 # multiprocessor (a program costs 1 KB more), registers of a multiprocessor.
@@ -171,3 +171,85 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             yield made
         finally:
             driver.set_active(None)  # the next use looks for a GPU again
+
+
+# ---- Rows of the tables ----------------------------------------------------------------------------
+
+LinearRow = tuple[str, str, int]  # a key of configs.LINEAR
+
+
+@contextlib.contextmanager
+def row_is(table: dict[int, Any], arch: int, row: Any, tile: configs.Tile | None) -> Iterator[None]:
+    """Within it the table has this tile in that row; None leaves it as it is."""
+    with mock.patch.dict(table, {arch: table[arch] if tile is None else {**table[arch], row: tile}}):
+        yield
+
+
+@contextlib.contextmanager
+def multiplying(kind: str) -> Iterator[None]:
+    """Within it PyTorch multiplies float32 as this kind of the tables says."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+
+
+def operands(
+    row: LinearRow, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy (B, T, O) and x (B, T, I), uninitialised, for which the launcher chooses this row; sizes: O, I, B, T."""
+    outputs, inputs, batch, positions = sizes
+    if row[0].endswith("unaligned"):
+        outputs, inputs = outputs + 1, inputs - 1
+    dy, x = (torch.empty(batch, positions, size, dtype=dtype, device=device) for size in (outputs, inputs))
+    if row[0] == "pointer":  # aligned, but no descriptor: positions of several examples between each other
+        dy = dy.view(positions, batch, outputs).transpose(0, 1)
+    return dy, x
+
+
+def compile_linear(arch: int, row: LinearRow, dtype: torch.dtype, tile: configs.Tile | None = None) -> Compiled:
+    """The kernel that serves a row of configs.LINEAR, with another tile in its place if one is given."""
+    kernel, kind, positions = row
+    sizes = (768, 3072, 2048 if positions == 1 else 16, positions or 1024)
+    with row_is(configs.LINEAR, arch, row, tile), multiplying(kind), compiling(arch) as made:
+        linear.linear_moments(*operands(row, sizes, dtype), False)
+    compiled = next(c for c in made if c.name != "_add_parts")
+    if compiled.name != f"_{kernel.split(',')[0].replace(' ', '_')}":
+        raise RuntimeError(f"row {row} of {arch} is served by {compiled.name}")
+    return compiled
+
+
+def linear_problems(compiled: Compiled, row: LinearRow, tile: configs.Tile) -> list[str]:
+    """What is wrong with the kernel of a row of configs.LINEAR."""
+    kernel, kind, positions = row
+    found = compiled.problems(
+        resident=tile.resident,
+        tensor_cores=kind != "float32",
+        # Where rows have odd lengths, 2-byte elements cannot be copied asynchronously.
+        pipelined=positions == 0 and (kernel, kind) != ("pointer, unaligned", "half"),
+    )
+    if kernel == "descriptor" and compiled.tma == 0:
+        found.append("no TMA")
+    if compiled.loops != 1:
+        found.append("several loops")
+    return found
+
+
+def compile_conv(arch: int, kind: str, kernel_size: int, tile: configs.Tile | None = None) -> Compiled:
+    """The kernel that serves a row of configs.CONV, of a 2-d convolution, with another tile if one is given."""
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    dy, x = (torch.empty(64, channels, 32, 32, dtype=dtype) for channels in (128, 64))
+    with row_is(configs.CONV, arch, kind, tile), multiplying(kind), compiling(arch) as made:
+        conv.conv_moments(dy, x, [kernel_size] * 2, [1, 1], [kernel_size // 2] * 2, [1, 1], 1, False)
+    return made[0]
+
+
+def conv_problems(compiled: Compiled, kind: str, tile: configs.Tile) -> list[str]:
+    """What is wrong with the kernel of a row of configs.CONV."""
+    found = compiled.problems(resident=tile.resident, tensor_cores=kind != "float32")
+    return found + (["several loops"] if compiled.loops != 1 else [])

@@ -1,7 +1,8 @@
 """The static tables of tile sizes: what the launchers look up by architecture, kernel, dtype and shape class.
 
-Nothing is tuned at run time. UNTUNED: the rows were chosen by what the compiler makes of them, not by a measurement.
-tests/triton/lint compiles every row, and fails where registers spill or the pipeline breaks.
+Nothing is tuned at run time. bench/tune_triton.py rewrites LINEAR, CONV and TUNED, which are plain literals for that
+reason. What TUNED does not name was chosen by what the compiler makes of it, not by a measurement. tests/triton/lint
+compiles every row, and fails where registers spill or the pipeline breaks.
 """
 
 from __future__ import annotations
@@ -59,29 +60,7 @@ DEPTHWISE = Rows(outputs=1, elements=1024, warps=4, programs=4)
 # Last, the most positions of an example that the row is for: then one block holds an example; 0: any number.
 LinearTable = dict[tuple[str, str, int], Tile]
 
-# The same on every architecture: no tensor cores (float32), or too few bytes in flight to tell them apart.
-_LINEAR_FLOAT32: LinearTable = {
-    ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
-    ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
-    ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
-    ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
-    ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
-    ("pointer, unaligned", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
-    ("one position", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
-    ("one position, unaligned", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
-}
-_LINEAR_DESCRIPTOR: LinearTable = {
-    ("descriptor", "half", 16): Tile(64, 128, 16, 4, 4, 2),
-    ("descriptor", "half", 32): Tile(64, 128, 32, 4, 4, 2),
-    ("descriptor", "half", 64): Tile(64, 128, 64, 4, 3, 2),
-    ("descriptor", "half", 128): Tile(64, 128, 128, 4, 2, 2),
-    ("descriptor", "half", 0): Tile(128, 128, 64, 8, 3, 1),
-    ("pointer", "half", 64): Tile(64, 128, 64, 4, 3, 2),
-    ("pointer", "half", 0): Tile(128, 128, 64, 8, 3, 1),
-    ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
-    ("one position", "half", 1): Tile(128, 128, 16, 8, 2, 1),
-    ("one position, unaligned", "half", 1): Tile(64, 64, 32, 4, 3, 2),
-}
+# Not of 128x128 tiles for T = 1 on 10.x: of these Triton 3.6 makes an empty kernel.
 LINEAR: dict[int, LinearTable] = {
     80: {
         ("pointer", "half", 16): Tile(64, 64, 16, 4, 4, 4),
@@ -91,23 +70,73 @@ LINEAR: dict[int, LinearTable] = {
         ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
         ("one position", "half", 1): Tile(64, 64, 16, 4, 3, 2),
         ("one position, unaligned", "half", 1): Tile(64, 64, 32, 8, 3, 1),
-        **_LINEAR_FLOAT32,
+        ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
+        ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
+        ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("pointer, unaligned", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
+        ("one position, unaligned", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
     },
-    90: {**_LINEAR_DESCRIPTOR, **_LINEAR_FLOAT32},
+    90: {
+        ("descriptor", "half", 16): Tile(64, 128, 16, 4, 4, 2),
+        ("descriptor", "half", 32): Tile(64, 128, 32, 4, 4, 2),
+        ("descriptor", "half", 64): Tile(64, 128, 64, 4, 3, 2),
+        ("descriptor", "half", 128): Tile(64, 128, 128, 4, 2, 2),
+        ("descriptor", "half", 0): Tile(128, 128, 64, 8, 3, 1),
+        ("pointer", "half", 64): Tile(64, 128, 64, 4, 3, 2),
+        ("pointer", "half", 0): Tile(128, 128, 64, 8, 3, 1),
+        ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "half", 1): Tile(128, 128, 16, 8, 2, 1),
+        ("one position, unaligned", "half", 1): Tile(64, 64, 32, 4, 3, 2),
+        ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
+        ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
+        ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("pointer, unaligned", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
+        ("one position, unaligned", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
+    },
     100: {
-        **_LINEAR_DESCRIPTOR,
+        ("descriptor", "half", 16): Tile(64, 128, 16, 4, 4, 2),
+        ("descriptor", "half", 32): Tile(64, 128, 32, 4, 4, 2),
+        ("descriptor", "half", 64): Tile(64, 128, 64, 4, 3, 2),
+        ("descriptor", "half", 128): Tile(64, 128, 128, 4, 2, 2),
+        ("descriptor", "half", 0): Tile(128, 128, 64, 8, 3, 1),
         ("pointer", "half", 64): Tile(64, 64, 64, 4, 3, 2),
         ("pointer", "half", 0): Tile(64, 128, 64, 8, 3, 1),
+        ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "half", 1): Tile(64, 128, 32, 8, 2, 1),
         ("one position, unaligned", "half", 1): Tile(64, 64, 16, 4, 3, 2),
-        ("one position", "half", 1): Tile(64, 128, 32, 8, 2, 1),  # of 128x128 Triton 3.6 makes an empty kernel
-        **_LINEAR_FLOAT32,
+        ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
+        ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
+        ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("pointer, unaligned", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("one position", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
+        ("one position, unaligned", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
     },
 }
+# Convolution, by dtype alone.
 CONV: dict[int, dict[str, Tile]] = {
-    arch: {
+    80: {
         "half": Tile(64, 64, 32, 4, 3, 2),
-        "float32": Tile(64, 32, 16, 4, 3 if arch == 80 else 2, 2),
+        "float32": Tile(64, 32, 16, 4, 3, 2),
         "tf32": Tile(64, 32, 32, 4, 2, 2),
-    }
-    for arch in (80, 90, 100)
+    },
+    90: {
+        "half": Tile(64, 64, 32, 4, 3, 2),
+        "float32": Tile(64, 32, 16, 4, 2, 2),
+        "tf32": Tile(64, 32, 32, 4, 2, 2),
+    },
+    100: {
+        "half": Tile(64, 64, 32, 4, 3, 2),
+        "float32": Tile(64, 32, 16, 4, 2, 2),
+        "tf32": Tile(64, 32, 32, 4, 2, 2),
+    },
 }
+# Architecture -> what bench/tune_triton.py measured its rows on; the rows of others are untuned.
+TUNED: dict[int, str] = {}

@@ -19,48 +19,11 @@ ROWS = [
 ]
 
 
-def operands(kernel, positions, dtype):
-    """dy (B, T, O), x (B, T, I) for which the launcher chooses this row."""
-    batch = 2048 if positions == 1 else 16
-    outputs, inputs = (769, 3071) if kernel.endswith("unaligned") else (768, 3072)
-    dy, x = (torch.empty(batch, positions or 1024, size, dtype=dtype) for size in (outputs, inputs))
-    if kernel == "pointer":  # aligned, but no descriptor: positions of several examples between each other
-        dy = dy.view(dy.shape[1], batch, outputs).transpose(0, 1)
-    return dy, x
-
-
-def compile_row(arch, kernel, kind, positions, dtype, tile=None):
-    """The kernel that serves a row of the table, with another tile in its place if one is given."""
-    table = configs.LINEAR[arch] if tile is None else {**configs.LINEAR[arch], (kernel, kind, positions): tile}
-    with (
-        mock.patch.dict(configs.LINEAR, {arch: table}),
-        mock.patch.object(linear, "_kind", lambda dtype: kind),
-        ahead.compiling(arch) as made,
-    ):
-        linear.linear_moments(*operands(kernel, positions, dtype), False)
-    compiled = next(c for c in made if c.name != "_add_parts")
-    assert compiled.name == f"_{kernel.split(',')[0].replace(' ', '_')}"
-    return compiled
-
-
-def problems(compiled, kernel, kind, positions, tile):
-    found = compiled.problems(
-        resident=tile.resident,
-        tensor_cores=kind != "float32",
-        # Where rows have odd lengths, 2-byte elements cannot be copied asynchronously.
-        pipelined=positions == 0 and (kernel, kind) != ("pointer, unaligned", "half"),
-    )
-    if kernel == "descriptor" and compiled.tma == 0:
-        found.append("no TMA")
-    if compiled.loops != 1:
-        found.append("several loops")
-    return found
-
-
 @pytest.mark.parametrize(("arch", "kernel", "kind", "positions", "dtype"), ROWS, ids=str)
 def test_every_row_compiles_well(arch, kernel, kind, positions, dtype):
-    compiled = compile_row(arch, kernel, kind, positions, dtype)
-    found = problems(compiled, kernel, kind, positions, configs.LINEAR[arch][kernel, kind, positions])
+    row = (kernel, kind, positions)
+    compiled = ahead.compile_linear(arch, row, dtype)
+    found = ahead.linear_problems(compiled, row, configs.LINEAR[arch][row])
     assert not found, (found, compiled)
 
 
@@ -76,7 +39,7 @@ def test_every_row_compiles_well(arch, kernel, kind, positions, dtype):
 )
 def test_bad_tiles_are_caught(tile, expected):
     row = ("descriptor", "half", 0)
-    found = problems(compile_row(90, *row, torch.bfloat16, tile), *row, tile)
+    found = ahead.linear_problems(ahead.compile_linear(90, row, torch.bfloat16, tile), row, tile)
     assert any(expected in problem for problem in found), found
 
 
@@ -103,13 +66,13 @@ def _nested(
 def test_a_pipeline_broken_at_every_example_is_caught():
     row = ("descriptor", "half", 0)
     with mock.patch.object(linear, "_descriptor", _nested), ahead.compiling(90) as made:
-        linear.linear_moments(*operands("descriptor", 0, torch.bfloat16), False)
-    assert any("loops" in problem for problem in problems(made[0], *row, configs.LINEAR[90][row]))
+        linear.linear_moments(*ahead.operands(row, (768, 3072, 16, 1024), torch.bfloat16), False)
+    assert any("loops" in problem for problem in ahead.linear_problems(made[0], row, configs.LINEAR[90][row]))
 
 
 def test_long_distances_do_not_spill():
     with mock.patch.object(linear, "offset_dtype", lambda *reaches: tl.int64):
-        compiled = compile_row(90, "pointer, unaligned", "half", 0, torch.bfloat16)
+        compiled = ahead.compile_linear(90, ("pointer, unaligned", "half", 0), torch.bfloat16)
     assert compiled.spills < 512, compiled  # a rare layout: slower, but not without bounds
 
 

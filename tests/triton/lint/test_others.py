@@ -16,14 +16,10 @@ every_arch = pytest.mark.parametrize("arch", ARCHS)
 def test_convolution(arch, kind, kernel_size):
     if (kind, kernel_size) == ("float32", 1):
         return  # the same products with fewer addresses
-    dtype = torch.bfloat16 if kind == "half" else torch.float32
-    dy, x = (torch.empty(64, channels, 32, 32, dtype=dtype) for channels in (128, 64))
-    with mock.patch.object(conv, "_kind", lambda dtype: kind), ahead.compiling(arch) as made:
-        conv.conv_moments(dy, x, [kernel_size] * 2, [1, 1], [kernel_size // 2] * 2, [1, 1], 1, False)
-    tile = configs.CONV[arch][kind]
-    found = made[0].problems(resident=tile.resident, tensor_cores=kind != "float32")
-    assert made[0].name == "_implicit_gemm" and made[0].loops == 1
-    assert not found, (found, made[0])
+    compiled = ahead.compile_conv(arch, kind, kernel_size)
+    assert compiled.name == "_implicit_gemm"
+    found = ahead.conv_problems(compiled, kind, configs.CONV[arch][kind])
+    assert not found, (found, compiled)
 
 
 @every_arch
