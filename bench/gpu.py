@@ -8,13 +8,16 @@
     python -m bench.gpu step        whole steps ÷ stock PyTorch, eager, compiled and captured, and peak memory
     python -m bench.gpu one ...     one launch of linear_moments, for a profiler
 
-Each takes less than ten minutes on one H100. Rows go to bench/results/gpu_*.jsonl as they are measured.
+Each takes less than ten minutes on one H100. Rows go to bench/results/gpu_*.jsonl as they are measured. With
+`--implementation triton` each runs on the Triton kernels; `linear` then has the C++ ones beside them, if built.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -28,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import perexample as px
-from perexample.ops import OPS
+from perexample import _triton
+from perexample.ops import NAMESPACE, OPS
 from perexample.testing import budget
 
 from . import _report
@@ -87,6 +91,7 @@ def save(name: str, rows: list[dict[str, Any]]) -> None:
     """Print the rows, and write them with what they were measured on."""
     device = torch.cuda.get_device_properties(0)
     facts = {"device": device.name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    facts["implementation"] = os.environ.get("PEREXAMPLE_CUDA") or "default"
     target = ROOT / f"bench/results/gpu_{name}.jsonl"
     target.parent.mkdir(exist_ok=True)
     with target.open("a") as file:
@@ -107,20 +112,38 @@ def gate(dy: Tensor, x: Tensor, got: tuple[Tensor, ...]) -> None:
             sys.exit(f"RED, nothing is timed: {tuple(dy.shape)} {x.shape[2]}: error {error:.3g} > {allowed:.3g}")
 
 
-def linear() -> None:
+def linear_programs(dy: Tensor, x: Tensor, implementation: str) -> dict[str, Callable[[], Any]]:
+    """cuBLAS' weight gradient, both moments, and for Triton those of the C++ kernel too, if it is built."""
+    op = torch.ops.perexample.linear_moments
+    programs = {
+        "cublas": lambda: torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1)),
+        "ours": lambda: op(dy, x, False),
+    }
+    if implementation == "triton":
+        launcher = importlib.import_module("perexample.triton_kernels.linear").linear_moments
+        programs["ours"] = lambda: launcher(dy, x, False)
+        filled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_moments", "CUDA")
+        if filled and _triton.source("linear_moments", "CUDA") is None:
+            programs["cuda"] = lambda: op(dy, x, False)
+    return programs
+
+
+def linear(implementation: str) -> None:
     """The table of shapes."""
     machine = light()
     save("light", [machine])
     for outputs, inputs, batch, positions in SHAPES:
         dy, x = (torch.randn(batch, positions, n, device="cuda").to(BF16) for n in (outputs, inputs))
-        ours = lambda dy=dy, x=x: torch.ops.perexample.linear_moments(dy, x, False)  # noqa: E731
-        gate(dy, x, ours())
-        ms = timed({"cublas": lambda dy=dy, x=x: torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1)), "ours": ours})
+        programs = linear_programs(dy, x, implementation)
+        gate(dy, x, programs["ours"]())
+        ms = timed(programs)
         read = 2 * batch * positions * (outputs + inputs)
         floor_bytes = (read + 6 * outputs * inputs) / machine["bytes"] * 1e3
         floor_operations = 2 * batch * positions * outputs * inputs / machine["operations"] * 1e3
         ratio = {"ratio": ms["ours"] / ms["cublas"], "of_floor": max(floor_bytes, floor_operations) / ms["ours"]}
-        shape = {"O": outputs, "I": inputs, "B": batch, "T": positions}
+        if "cuda" in ms:
+            ratio["of_cuda"] = ms["ours"] / ms["cuda"]
+        shape = {"implementation": implementation, "O": outputs, "I": inputs, "B": batch, "T": positions}
         save("linear", [shape | ratio | ms | {"floor_bytes": floor_bytes, "floor_operations": floor_operations}])
 
 
@@ -315,9 +338,20 @@ def ncu() -> None:
     tool = shutil.which("ncu")
     if tool is None:
         sys.exit("ncu is not on PATH: it comes with Nsight Compute")
+    triton = os.environ.get("PEREXAMPLE_CUDA") == "triton"
+    kernel, suffix = ("^_descriptor|^_pointer", "_triton") if triton else ("moments", "")
     for shape in ("4096 4096 32 1024", "3072 768 32 128"):
-        target = ROOT / f"bench/results/gpu_ncu_{shape.replace(' ', '_')}.txt"
-        options = ("--set", "full", "--kernel-name", "regex:moments", "--launch-count", "1", "--log-file", str(target))
+        target = ROOT / f"bench/results/gpu_ncu_{shape.replace(' ', '_')}{suffix}.txt"
+        options = (
+            "--set",
+            "full",
+            "--kernel-name",
+            f"regex:{kernel}",
+            "--launch-count",
+            "1",
+            "--log-file",
+            str(target),
+        )
         run(tool, *options, sys.executable, "-m", "bench.gpu", "one", *shape.split())
 
 
@@ -339,15 +373,25 @@ def arguments() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "one", {name: {"type": int} for name in ("outputs", "inputs", "batch", "positions")}
 
 
+def use(implementation: str) -> None:
+    """Start over in an environment in which `implementation` serves every op: it is chosen when perexample loads."""
+    if implementation == "triton" and os.environ.get("PEREXAMPLE_CUDA") != "triton":
+        command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"PEREXAMPLE_CUDA": "triton"})
+
+
 def main() -> None:
     """The command `python -m bench.gpu SUBCOMMAND`."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, more in arguments():
         command = commands.add_parser(name)
+        command.add_argument("--implementation", choices=["default", "triton"], default="default")
         for argument, keywords in more.items():
             command.add_argument(argument, **keywords)
     chosen = parser.parse_args()
+    if chosen.command != "linear":  # which has both in one process
+        use(chosen.implementation)
     if not torch.cuda.is_available():
         sys.exit("bench.gpu: no GPU here")
     if chosen.command == "tests":
@@ -358,7 +402,8 @@ def main() -> None:
         one(chosen.outputs, chosen.inputs, chosen.batch, chosen.positions)
     else:
         _report.announce() if chosen.command in ("linear", "optimizer") else None
-        {"sanitize": sanitize, "linear": linear, "optimizer": optimizer, "ncu": ncu}[chosen.command]()
+        linear_ = lambda: linear(chosen.implementation)  # noqa: E731
+        {"sanitize": sanitize, "linear": linear_, "optimizer": optimizer, "ncu": ncu}[chosen.command]()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from perexample import _triton
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "triton_kernels"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+# Name -> environment. PEREXAMPLE_TEST_TRITON: another interpreter, with another Triton, to lint with as well.
 SUITES = {"kernels": {"TRITON_INTERPRET": "1"}, "lint": {}}
+OTHER = os.environ.get("PEREXAMPLE_TEST_TRITON", "")
+if OTHER:
+    SUITES["lint, other Triton"] = {}
 
 
 class Suite(NamedTuple):
@@ -34,10 +38,11 @@ def suites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Suite
     """Both, side by side; each with a compilation cache of its own, so that nothing is taken from earlier runs."""
     running = {}
     for name, environment in SUITES.items():
-        folder = tmp_path_factory.mktemp(f"triton_{name}")
+        folder = tmp_path_factory.mktemp(f"triton_{name.split(',')[0]}")
         env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PEREXAMPLE_", "PYTEST_"))}
         env |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton" / name)]
+        python, tests = (OTHER if "other" in name else sys.executable), str(HERE / "triton" / name.split(",")[0])
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(command, env=env, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)
         running[name] = Suite(process, folder / "log")

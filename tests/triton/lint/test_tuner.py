@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from perexample.triton_kernels import ahead, configs
 from perexample.triton_kernels.configs import Tile
 
-from bench import tune_triton
+from bench import gpu, tune_triton
 from bench.tune_triton import CONFIGS, Row
 
 ROWS = [row for arch in configs.LINEAR for row in tune_triton.rows(arch)]
@@ -75,3 +76,32 @@ def test_a_tuned_row_is_written_and_nothing_else(tmp_path, monkeypatch):
     assert len(changed) <= 6, changed
     ruff = [sys.executable, "-m", "ruff", "format", "--check", "--config", "line-length = 120", str(path)]
     assert subprocess.run(ruff, capture_output=True, check=False).returncode == 0
+
+
+def test_the_gpu_scripts_choose_the_implementation(monkeypatch):
+    started = []
+    monkeypatch.delenv("PEREXAMPLE_CUDA", raising=False)
+    monkeypatch.setattr(gpu.os, "execve", lambda path, command, environment: started.append((command, environment)))
+    for command in ("tests", "sanitize", "optimizer", "ncu", "step"):
+        for implementation in ("triton", "default"):
+            monkeypatch.setattr(sys, "argv", ["bench.gpu", command, "--implementation", implementation])
+            with pytest.raises(SystemExit, match="no GPU here"):
+                gpu.main()
+        ((again, environment),) = started
+        assert again[1:] == ["-m", "bench.gpu", command, "--implementation", "triton"]
+        assert environment["PEREXAMPLE_CUDA"] == "triton"
+        started.clear()
+        monkeypatch.setenv("PEREXAMPLE_CUDA", "triton")
+        gpu.use("triton")  # here already
+        assert not started
+        monkeypatch.delenv("PEREXAMPLE_CUDA")
+
+
+def test_the_table_of_linear_runs_the_triton_kernel():
+    dy, x = (torch.empty(4, 32, 64, dtype=torch.bfloat16) for _ in range(2))
+    with ahead.compiling(90) as made:
+        gpu.linear_programs(dy, x, "triton")["ours"]()
+    assert made[0].name == "_descriptor"
+    with ahead.compiling(90) as made:
+        gpu.linear_programs(dy, x, "default")["ours"]()
+    assert not made
