@@ -309,7 +309,7 @@ def _in_one_order(p: Tensor, others: list[Tensor | None]) -> list[Tensor | None]
 
     The order is that of `p` in memory if its elements fill one block, else row-major; the state lies in it too.
     """
-    tensors = [p, *others]
+    tensors = [p.detach(), *(None if t is None else t.detach() for t in others)]
     if not p.is_contiguous():
         order = sorted(range(p.dim()), key=p.stride, reverse=True)
         if p.permute(order).is_contiguous():
@@ -329,7 +329,6 @@ def _write_table(rows: list[Row], device: torch.device) -> Tensor:
     return table
 
 
-@torch.no_grad()
 def optimizer_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -409,7 +408,7 @@ def optimizer_step_(
         )  # fmt: skip
     for p, tensors in walked:
         if tensors[0].data_ptr() != p.data_ptr():
-            p.copy_(tensors[0])
+            p.detach().copy_(tensors[0])
 
 
 def _log_keep(horizon: float) -> float:

@@ -150,6 +150,14 @@ def test_any_memory_layout(layout, moved):
     assert group.violations.tolist() == [0, 1, 0]
 
 
+def test_parameters_that_require_grad_outside_of_no_grad():
+    group = Group(((8, 7), (3,)))
+    group.params = [relaid(p, "stepped").requires_grad_() for p in group.params]
+    before = [p.clone() for p in group.params]
+    group.step("triton", **MOST)
+    assert all(p.is_leaf and not torch.equal(p, old) for p, old in zip(group.params, before, strict=True))
+
+
 def test_expanded_gradient():
     group = Group(((6, 7),), per_batch=True)
     group.grads = [torch.randn(7).expand(6, 7)]
