@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..moments import ExampleCount, Moment
-from ..moments.count import version as version_of
 
 __all__ = ["Gathered"]
 
@@ -41,7 +40,8 @@ class Gathered:
         number, last_uses, strided, add = 0, None, torch.strided, self.sums.append
         for p, grad, moment in zip(params, self.grads, self.moments, strict=True):
             second = None
-            if grad is not None and grad.layout is not strided:
+            dense = grad is None or grad.layout is strided
+            if not dense:
                 self.odd = True
             if moment is None:
                 if grad is not None:
@@ -64,8 +64,9 @@ class Gathered:
             elif moment.examples is not first.examples or moment.base is not first.base or moment.roots != first.roots:
                 self.mixed = True
             live = moment.live
-            if (live or moment.grad_rounds) and moment.version != version_of(grad):
-                self.stale = True
+            if live or moment.grad_rounds:  # and then `version`, spelled out
+                if moment.version != (grad._version, grad.data_ptr() if dense else 0):
+                    self.stale = True
             if live:
                 self.live = True
                 if per_example and moment.leaf_rounds == moment.grad_rounds and moment.leaf is not None:
