@@ -56,6 +56,7 @@ def wide_objects(tmp_path_factory):
     flags = (
         "-std=c++20 -O1 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi"
         " -mavx2 -mfma -mf16c -DPX_CAPABILITY=wide -DPX_VECTOR_BYTES=64 -Icsrc/cpu"
+        ' -DPX_BF16_DOT="bf16_dot.h" -Itests/kernels'
     ).split()
     objects = {path.stem: folder / f"{path.stem}.o" for path in [*SOURCES, ROOT / "tests/kernels/shim.cpp"]}
 
@@ -79,6 +80,21 @@ def test_kernels_for_64_byte_vectors_pass_the_tests_of_the_ops(wide_objects):
     # The launcher's own arrangements, which the stand-in for it does not know.
     without = "not (test_optimizer and (memory_layout or expanded or mixed))"
     assert " passed" in python("tests/kernels/flat.py", str(library), *PYTEST, "-k", f"({NUMERICAL}) and {without}")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump here")
+def test_products_of_bfloat16_pairs_stay_in_registers():
+    path = ROOT / "build/linear.avx512_bf16.o"
+    if not path.exists():
+        pytest.skip("not built in this directory, or not for this instruction set")
+    command = ["objdump", "-dC", "--no-show-raw-insn", str(path)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    tiles = [part.splitlines() for part in listing.split("\n\n") if "vdpbf16ps" in part]
+    assert len(tiles) >= 10
+    for name, *lines in tiles:
+        products = [i for i, line in enumerate(lines) if "vdpbf16ps" in line]
+        loop = lines[products[0] : products[-1] + 1]
+        assert not [line for line in loop if "zmm" in line and ("(%rsp" in line or "(%rbp" in line)], name
 
 
 def weak_symbols(path, capability):

@@ -14,12 +14,20 @@
 //   delayed     G of one example in registers, a taller tile, and the drain of the example before
 //               spread over its products: for larger T.
 //   single      G alone, for one example or part of it.
+//
+// The packed elements, E, are of the type of the sums, S, or pairs of bfloat16 where the processor
+// has an instruction for them: then a packed row holds two positions of an example, the last of an
+// odd number beside a zero, and T counts packed rows.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "vec.h"
+
+#ifdef PX_BF16_DOT
+#include PX_BF16_DOT  // the tests' own kBf16Dot and dot()
+#endif
 
 namespace perexample::cpu::PX_CAPABILITY {
 namespace {
@@ -55,19 +63,41 @@ PX_INLINE void keep_in_memory(T& buffer) {
   asm volatile("" ::"r"(&buffer) : "memory");
 }
 
-// G (+)= d x for one position.
-template <class S, int MR, int NV, bool kFirst>
-PX_INLINE void multiply(Vec<S> (&G)[MR * NV], const S* d, const S* x) {
-  Vec<S> columns[NV];
+#if defined(__AVX512BF16__) && PX_VECTOR_BYTES == 64
+inline constexpr bool kBf16Dot = true;
+
+// sum + both products of each pair. Numbers below the smallest normal float32 count as 0.
+PX_INLINE Vec<float> dot(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#elif !defined(PX_BF16_DOT)
+inline constexpr bool kBf16Dot = false;  // nothing is packed as pairs, and nothing calls dot()
+#endif
+
+// What a packed element is in a register.
+template <class E>
+using Lane = std::conditional_t<std::is_same_v<E, Bf16Pair>, uint32_t, E>;
+
+PX_INLINE float lane(float e) { return e; }
+PX_INLINE double lane(double e) { return e; }
+PX_INLINE uint32_t lane(Bf16Pair e) { return e.bits; }
+
+// G (+)= d x for one packed row.
+template <class E, int MR, int NV, bool kFirst>
+PX_INLINE void multiply(Vec<Accumulator<E>> (&G)[MR * NV], const E* d, const E* x) {
+  using L = Lane<E>;
+  Vec<L> columns[NV];
   unroll<NV>([&](auto n) PX_LAMBDA {
-    columns[n] = load(x + n * lanes<S>);
+    columns[n] = load(reinterpret_cast<const L*>(x) + n * lanes<L>);
     keep_in_register(columns[n]);
   });
   unroll<MR>([&](auto m) PX_LAMBDA {
-    Vec<S> row = broadcast(d[m]);
+    Vec<L> row = broadcast(lane(d[m]));
     unroll<NV>([&](auto n) PX_LAMBDA {
       constexpr int i = m * NV + n;
-      if constexpr (kFirst) {
+      if constexpr (std::is_same_v<E, Bf16Pair>) {
+        G[i] = dot(kFirst ? Vec<float>{} : G[i], row, columns[n]);
+      } else if constexpr (kFirst) {
         G[i] = row * columns[n];
       } else {
         G[i] += row * columns[n];
@@ -76,16 +106,17 @@ PX_INLINE void multiply(Vec<S> (&G)[MR * NV], const S* d, const S* x) {
   });
 }
 
-// The products of E consecutive examples side by side; d and x end behind the last. The first
+// The products of N consecutive examples side by side; d and x end behind the last. The first
 // kUnroll positions are a block of straight code, as are the next; kExact: T == kUnroll.
-template <class S, int MR, int NV, int E, int kUnroll, bool kExact>
-PX_INLINE void multiply_examples(Vec<S> (&G)[E][MR * NV], const S*& d, const S*& x, int64_t T) {
+template <class E, int MR, int NV, int N, int kUnroll, bool kExact>
+PX_INLINE void multiply_examples(Vec<Accumulator<E>> (&G)[N][MR * NV], const E*& d, const E*& x,
+                                 int64_t T) {
   auto position = [&](auto first) PX_LAMBDA {
-    unroll<E>([&](auto e) PX_LAMBDA {
-      multiply<S, MR, NV, decltype(first)::value>(G[e], d + e * T * MR, x + e * T * kPanel<S>);
+    unroll<N>([&](auto e) PX_LAMBDA {
+      multiply<E, MR, NV, decltype(first)::value>(G[e], d + e * T * MR, x + e * T * kPanel<E>);
     });
     d += MR;
-    x += kPanel<S>;
+    x += kPanel<E>;
   };
   position(std::true_type{});
   unroll<kUnroll - 1>([&](auto) PX_LAMBDA { position(std::false_type{}); });
@@ -96,8 +127,8 @@ PX_INLINE void multiply_examples(Vec<S> (&G)[E][MR * NV], const S*& d, const S*&
     }
     for (; left > 0; --left) position(std::false_type{});
   }
-  d += (E - 1) * T * MR;
-  x += (E - 1) * T * kPanel<S>;
+  d += (N - 1) * T * MR;
+  x += (N - 1) * T * kPanel<E>;
 }
 
 // Where a tile of MR x NV vectors goes: row m is at m * stride. Without `add` it is stored. A
@@ -135,25 +166,28 @@ PX_INLINE void put(const TileOutput<S>& out, const F& sum, const H& square_sum) 
 }
 
 // G = sum over rows of d x.
-template <class S, int MR, int NV>
-PX_INLINE void multiply_rows(Vec<S> (&G)[MR * NV], const S* d, const S* x, int64_t rows) {
-  unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] = Vec<S>{}; });
+template <class E, int MR, int NV>
+PX_INLINE void multiply_rows(Vec<Accumulator<E>> (&G)[MR * NV], const E* d, const E* x,
+                             int64_t rows) {
+  unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] = Vec<Accumulator<E>>{}; });
   for (int64_t row = 0; row < rows; ++row) {
-    multiply<S, MR, NV, false>(G, d, x);
+    multiply<E, MR, NV, false>(G, d, x);
     d += MR;
-    x += kPanel<S>;
+    x += kPanel<E>;
   }
 }
 
 // The tiles below share one signature: `examples` examples of T positions.
-template <class S>
-using Tile = void (*)(const S* d, const S* x, int64_t examples, int64_t T,
-                      const TileOutput<S>& out);
+template <class E>
+using Tile = void (*)(const E* d, const E* x, int64_t examples, int64_t T,
+                      const TileOutput<Accumulator<E>>& out);
 
-template <class S, int MR, int NV>
-void single_tile(const S* d, const S* x, int64_t, int64_t T, const TileOutput<S>& out) {
+template <class E, int MR, int NV>
+void single_tile(const E* d, const E* x, int64_t, int64_t T,
+                 const TileOutput<Accumulator<E>>& out) {
+  using S = Accumulator<E>;
   Vec<S> G[MR * NV];
-  multiply_rows<S, MR, NV>(G, d, x, T);
+  multiply_rows<E, MR, NV>(G, d, x, T);
   if (!out.begin) {
     unroll<MR * NV>([&](auto i) PX_LAMBDA { G[i] += load(out.example + i * lanes<S>); });
   }
@@ -184,13 +218,15 @@ void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t,
   product(out.s);
 }
 
-template <class S, int MR, int NV, int kUnroll, bool kExact>
-void resident_tile(const S* d, const S* x, int64_t examples, int64_t T, const TileOutput<S>& out) {
+template <class E, int MR, int NV, int kUnroll, bool kExact>
+void resident_tile(const E* d, const E* x, int64_t examples, int64_t T,
+                   const TileOutput<Accumulator<E>>& out) {
+  using S = Accumulator<E>;
   Vec<S> sum[MR * NV], square_sum[MR * NV];
   unroll<MR * NV>([&](auto i) PX_LAMBDA { sum[i] = square_sum[i] = Vec<S>{}; });
   for (int64_t b = 0; b < examples; ++b) {
     Vec<S> G[1][MR * NV];
-    multiply_examples<S, MR, NV, 1, kUnroll, kExact>(G, d, x, kExact ? kUnroll : T);
+    multiply_examples<E, MR, NV, 1, kUnroll, kExact>(G, d, x, kExact ? kUnroll : T);
     unroll<MR * NV>([&](auto i) PX_LAMBDA {
       sum[i] += G[0][i];
       square_sum[i] += G[0][i] * G[0][i];
@@ -289,10 +325,10 @@ void delayed_tile(const S* d, const S* x, int64_t examples, int64_t T, const Til
 }
 
 // How one (B, T) is computed: the width of a D panel and the tile for 1 or 2 vectors of an X panel.
-template <class S>
+template <class E>
 struct Scheme {
   int rows;
-  Tile<S> tile[kPanelVectors];
+  Tile<E> tile[kPanelVectors];
   bool squares = false;  // the operands' squares are packed behind them
   bool single = false;   // a tile holds one example, or part of it
 };
@@ -300,37 +336,45 @@ struct Scheme {
 // Beyond this a tile of one example has enough positions to go to memory with.
 inline constexpr int64_t kLongExample = kManyRegisters ? 256 : 128;
 
-template <class S>
-Scheme<S> choose_scheme(int64_t B, int64_t T) {
+// T: in packed rows.
+template <class E>
+Scheme<E> choose_scheme(int64_t B, int64_t T) {
   constexpr int kTall = kMaxTileRows;
   constexpr int kLow = kManyRegisters ? 4 : 2;
-  if (T == 1) {
-    return {.rows = kTall,
-            .tile = {squared_operands_tile<S, kTall, 1>, squared_operands_tile<S, kTall, 2>},
-            .squares = true};
+  if constexpr (std::is_same_v<E, Bf16Pair>) {
+    if (T == 1) {
+      return {.rows = kLow,
+              .tile = {resident_tile<E, kLow, 1, 1, true>, resident_tile<E, kLow, 2, 1, true>}};
+    }
+  } else {
+    if (T == 1) {
+      return {.rows = kTall,
+              .tile = {squared_operands_tile<E, kTall, 1>, squared_operands_tile<E, kTall, 2>},
+              .squares = true};
+    }
   }
   if (T > kLongExample || B == 1) {
     return {.rows = kTall,
-            .tile = {single_tile<S, kTall, 1>, single_tile<S, kTall, 2>},
+            .tile = {single_tile<E, kTall, 1>, single_tile<E, kTall, 2>},
             .single = true};
   }
   if (T == 2) {
     return {.rows = kLow,
-            .tile = {resident_tile<S, kLow, 1, 2, true>, resident_tile<S, kLow, 2, 2, true>}};
+            .tile = {resident_tile<E, kLow, 1, 2, true>, resident_tile<E, kLow, 2, 2, true>}};
   }
   if (T == 3) {
     return {.rows = kLow,
-            .tile = {resident_tile<S, kLow, 1, 3, true>, resident_tile<S, kLow, 2, 3, true>}};
+            .tile = {resident_tile<E, kLow, 1, 3, true>, resident_tile<E, kLow, 2, 3, true>}};
   }
-  if constexpr (kManyRegisters) {
+  if constexpr (kManyRegisters || std::is_same_v<E, Bf16Pair>) {
     return {.rows = kLow,
-            .tile = {resident_tile<S, kLow, 1, 4, false>, resident_tile<S, kLow, 2, 4, false>}};
+            .tile = {resident_tile<E, kLow, 1, 4, false>, resident_tile<E, kLow, 2, 4, false>}};
   } else if (T < 8) {
-    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 4>, paired_tile<S, 3, 2, 4>}};
+    return {.rows = 3, .tile = {paired_tile<E, 3, 1, 4>, paired_tile<E, 3, 2, 4>}};
   } else if (T < 16) {
-    return {.rows = 3, .tile = {paired_tile<S, 3, 1, 8>, paired_tile<S, 3, 2, 8>}};
+    return {.rows = 3, .tile = {paired_tile<E, 3, 1, 8>, paired_tile<E, 3, 2, 8>}};
   } else {
-    return {.rows = 5, .tile = {delayed_tile<S, 5, 1, 8>, delayed_tile<S, 5, 2, 8>}};
+    return {.rows = 5, .tile = {delayed_tile<E, 5, 1, 8>, delayed_tile<E, 5, 2, 8>}};
   }
 }
 
@@ -425,24 +469,86 @@ struct Fetch {
   }
 };
 
-template <class S>
-using Pack = void (*)(const Operand&, const Rows&, int64_t column, int64_t columns, S* out);
+// One row of pairs from those of two positions; from zeros where there is no second.
+template <int W>
+PX_INLINE void pack_pair(const bf16* first, const bf16* second, int64_t stride, int64_t width,
+                         Bf16Pair* out) {
+  if constexpr (W % lanes<uint32_t> == 0) {
+    if (width == W && stride == 1) {
+      unroll<W / lanes<uint32_t>>([&](auto n) PX_LAMBDA {
+        auto bits = [&](const bf16* p) PX_LAMBDA {
+          return reinterpret_cast<Vec<uint32_t>>(load_wide(p + n * lanes<uint32_t>));
+        };
+        Vec<uint32_t> pairs = bits(first) >> 16;
+        if (second != nullptr) pairs |= bits(second);
+        store(reinterpret_cast<uint32_t*>(out) + n * lanes<uint32_t>, pairs);
+      });
+      return;
+    }
+  }
+  for (int64_t n = 0; n < W; ++n) {
+    uint32_t bits = n < width ? first[n * stride].bits : 0u;
+    if (n < width && second != nullptr) bits |= uint32_t{second[n * stride].bits} << 16;
+    out[n].bits = bits;
+  }
+}
 
-// The packing of D for a scheme.
-template <class In>
-Pack<Accumulator<In>> choose_row_pack(const Scheme<Accumulator<In>>& scheme) {
-  if (scheme.squares) return pack<In, kMaxTileRows, true>;
+// The same as `pack`, for pairs of positions.
+template <int W>
+void pack_pairs(const Operand& a, const Rows& rows, int64_t column, int64_t columns,
+                Bf16Pair* out) {
+  constexpr int kRowsAtOnce = 8;
+  const bf16* data = static_cast<const bf16*>(a.data) + rows.b * a.stride_b + rows.t * a.stride_t +
+                     column * a.stride_column;
+  const int64_t pairs = ceil_div(rows.positions, 2), packed_rows = rows.examples * pairs;
+  int64_t b = 0, t = 0;
+  for (int64_t row = 0; row < packed_rows; row += kRowsAtOnce) {
+    const bf16 *first[kRowsAtOnce], *second[kRowsAtOnce];
+    const int64_t count = min(kRowsAtOnce, packed_rows - row);
+    for (int64_t i = 0; i < count; ++i) {
+      first[i] = data + b * a.stride_b + t * a.stride_t;
+      second[i] = t + 1 < rows.positions ? first[i] + a.stride_t : nullptr;
+      if ((t += 2) >= rows.positions) t = 0, ++b;
+    }
+    for (int64_t c = 0; c < columns; c += W) {
+      Bf16Pair* to = out + c * packed_rows + row * W;
+      const int64_t offset = c * a.stride_column, width = min(W, columns - c);
+      for (int64_t i = 0; i < count; ++i, to += W) {
+        pack_pair<W>(first[i] + offset, second[i] == nullptr ? nullptr : second[i] + offset,
+                     a.stride_column, width, to);
+      }
+    }
+  }
+}
+
+template <class E>
+using Pack = void (*)(const Operand&, const Rows&, int64_t column, int64_t columns, E* out);
+
+// The packing of values of type In as E into panels of W columns.
+template <class In, class E, int W, bool kSquares>
+Pack<E> packing() {
+  if constexpr (std::is_same_v<E, Bf16Pair>) {
+    return pack_pairs<W>;
+  } else {
+    return pack<In, W, kSquares>;
+  }
+}
+
+// That of D for a scheme.
+template <class In, class E>
+Pack<E> choose_row_pack(const Scheme<E>& scheme) {
+  if (scheme.squares) return packing<In, E, kMaxTileRows, true>();
   switch (scheme.rows) {
     case 2:
-      return pack<In, 2, false>;
+      return packing<In, E, 2, false>();
     case 3:
-      return pack<In, 3, false>;
+      return packing<In, E, 3, false>();
     case 4:
-      return pack<In, 4, false>;
+      return packing<In, E, 4, false>();
     case 5:
-      return pack<In, 5, false>;
+      return packing<In, E, 5, false>();
     default:
-      return pack<In, kMaxTileRows, false>;
+      return packing<In, E, kMaxTileRows, false>();
   }
 }
 

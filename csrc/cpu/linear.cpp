@@ -47,18 +47,25 @@ struct Sums {
   }
 };
 
-template <class S>
+// Of packed elements E, sums S.
+template <class E>
 struct Problem {
+  using S = Accumulator<E>;
   int64_t B, T;
   int64_t M, N;  // rows and columns of the output: O and I, or I and O if swapped
   bool swapped;
   Operand rows, columns;
-  Scheme<S> scheme;
-  Pack<S> pack_rows, pack_columns;
+  Scheme<E> scheme;
+  Pack<E> pack_rows, pack_columns;
   int64_t input_size;  // bytes of an element
   int64_t group;       // examples packed at once
   int64_t positions;   // of one example packed at once
   void (*add_bias)(const Operand&, const Rows&, int64_t, int64_t, bool, S*, S*);
+
+  // Packed rows of so many positions of an example.
+  static int64_t packed(int64_t positions) {
+    return std::is_same_v<E, Bf16Pair> ? ceil_div(positions, 2) : positions;
+  }
 };
 
 // One task's part of the output and of the examples.
@@ -147,8 +154,8 @@ PX_INLINE void prefetch_tile(const Sums<S>& out, int64_t height) {
 }
 
 // The columns' rows that will be packed next, if fetching them early is worth it.
-template <class S>
-PX_INLINE Fetch fetch_columns(const Problem<S>& p, const Rows& rows, int64_t n, int64_t columns) {
+template <class E>
+PX_INLINE Fetch fetch_columns(const Problem<E>& p, const Rows& rows, int64_t n, int64_t columns) {
   const Operand& a = p.columns;
   if (columns <= 0 || a.stride_column != 1) return {};
   const int64_t first = rows.b * a.stride_b + rows.t * a.stride_t + n;
@@ -162,23 +169,25 @@ PX_INLINE Fetch fetch_columns(const Problem<S>& p, const Rows& rows, int64_t n, 
 }
 
 // The sums of one block.
-template <class S>
-void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
+template <class E>
+void run_block(const Problem<E>& p, const Block& block, const Sums<Accumulator<E>>& out) {
+  using S = Accumulator<E>;
+  static_assert(sizeof(E) == sizeof(S));
   const int64_t MR = p.scheme.rows, NR = kPanel<S>;
   const int64_t height = block.m1 - block.m0, width = block.n1 - block.n0;
   const int64_t panels = ceil_div(height, MR), column_panels = ceil_div(width, NR);
   const int64_t copies = p.scheme.squares ? 2 : 1;
-  const int64_t max_rows = min(p.group, block.b1 - block.b0) * p.positions;
+  const int64_t max_rows = min(p.group, block.b1 - block.b0) * p.packed(p.positions);
   const int64_t packed_rows_size = panels * MR * max_rows * copies;
   const int64_t packed_columns_size = min(kPanelsAtOnce, column_panels) * NR * max_rows * copies;
   const int64_t examples_size = p.positions < p.T ? panels * MR * column_panels * NR : 0;
   // Vectors never straddle the parts: kPanel<S> is a multiple of a cache line, or divides one.
   const int64_t columns_start = ceil_div(packed_rows_size, 64) * 64;
-  S* packed_rows = static_cast<S*>(scratch(
+  E* packed_rows = static_cast<E*>(scratch(
       (columns_start + packed_columns_size + examples_size) * static_cast<int64_t>(sizeof(S)),
       kTaskScratch));
-  S* packed_columns = packed_rows + columns_start;
-  S* examples = packed_columns + packed_columns_size;
+  E* packed_columns = packed_rows + columns_start;
+  S* examples = reinterpret_cast<S*>(packed_columns + packed_columns_size);
   alignas(64) S g[kMaxTileRows * kPanel<S>], s[kMaxTileRows * kPanel<S>];
   Fetch fetch = {};
 
@@ -195,7 +204,8 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
     }
     for (int64_t t = 0; t < p.T; t += p.positions) {
       const Rows rows = {b, count, t, min(p.positions, p.T - t)};
-      const int64_t panel_rows = rows.examples * rows.positions * copies;
+      const int64_t packed_positions = p.packed(rows.positions);
+      const int64_t panel_rows = rows.examples * packed_positions * copies;
       p.pack_rows(p.rows, rows, block.m0, height, packed_rows);
       for (int64_t n = 0; n < width; n += NR) {
         const int64_t tile_columns = min(NR, width - n);
@@ -231,7 +241,7 @@ void run_block(const Problem<S>& p, const Block& block, const Sums<S>& out) {
           fetch.rows(fetched_at_once);
           p.scheme.tile[vectors - 1](packed_rows + m * panel_rows,
                                      packed_columns + slot * NR * panel_rows, rows.examples,
-                                     rows.positions, tile);
+                                     packed_positions, tile);
           if (!direct && tile.end) {
             finish_tile(g, s, first, tile_rows, tile_columns, tile_width, to);
           }
@@ -246,8 +256,9 @@ struct Cut {
   int64_t height, width, splits;
 };
 
-template <class S>
-Cut choose_cut(const Problem<S>& p, bool staged, int64_t threads) {
+template <class E>
+Cut choose_cut(const Problem<E>& p, bool staged, int64_t threads) {
+  using S = Accumulator<E>;
   const int64_t MR = p.scheme.rows, NR = kPanel<S>;
   const int64_t copies = p.scheme.squares ? 2 : 1;
   const int64_t total_rows = p.B * p.T;
@@ -256,7 +267,8 @@ Cut choose_cut(const Problem<S>& p, bool staged, int64_t threads) {
   if (p.M * p.N <= kSmallOutput) {
     cut.splits = max(1, min(min(kMaxSplits, p.B), total_rows / kRowsPerSplit));
   }
-  const int64_t packed_row = static_cast<int64_t>(sizeof(S)) * p.group * p.positions * copies;
+  const int64_t packed_row =
+      static_cast<int64_t>(sizeof(S)) * p.group * p.packed(p.positions) * copies;
   int64_t row_blocks = ceil_div(p.M, max(MR, kPackedBytes / packed_row));
   int64_t column_blocks = 1;
   const int64_t largest = staged || p.scheme.single ? kStagedElements : p.M * p.N;
@@ -344,30 +356,33 @@ void publish(const Linear& a, bool swapped, const Staged<S>& from, int64_t parts
   }
 }
 
-template <class In>
+template <class In, class E = Accumulator<In>>
 void linear_moments_of(const Linear& a, const Parallel& parallel) {
   using S = Accumulator<In>;
   constexpr DType kSums = std::is_same_v<S, double> ? DType::f64 : DType::f32;
   const Operand dy = {a.dy, a.dy_stride[0], a.dy_stride[1], a.dy_stride[2]};
   const Operand x = {a.x, a.x_stride[0], a.x_stride[1], a.x_stride[2]};
 
-  Problem<S> p = {};
+  Problem<E> p = {};
+  const int64_t packed_T = p.packed(a.T);
   p.B = a.B;
   p.T = a.T;
   p.input_size = sizeof(In);
-  p.scheme = choose_scheme<S>(a.B, a.T);
+  p.scheme = choose_scheme<E>(a.B, packed_T);
   p.swapped = a.I <= lanes<S> && a.O > kPanel<S>;
   p.M = p.swapped ? a.I : a.O;
   p.N = p.swapped ? a.O : a.I;
   p.rows = p.swapped ? x : dy;
   p.columns = p.swapped ? dy : x;
   p.pack_rows = choose_row_pack<In>(p.scheme);
-  p.pack_columns = p.scheme.squares ? pack<In, kPanel<S>, true> : pack<In, kPanel<S>, false>;
+  p.pack_columns =
+      p.scheme.squares ? packing<In, E, kPanel<S>, true>() : packing<In, E, kPanel<S>, false>();
   p.add_bias = add_bias<In>;
-  p.group = p.scheme.single ? 1 : max(1, kGroup / a.T);
+  p.group = p.scheme.single ? 1 : max(1, kGroup / packed_T);
   if (p.group > 1) p.group -= p.group % 2;  // examples are best taken in pairs
   p.group = min(p.group, a.B);
-  p.positions = ceil_div(a.T, ceil_div(a.T, kGroup));
+  p.positions = ceil_div(a.T, ceil_div(packed_T, kGroup));
+  if (p.packed(2) == 1 && p.positions < a.T) p.positions += p.positions % 2;
 
   const bool has_bias = a.db != nullptr;
   const bool rounds = a.grad_dtype != kSums;
@@ -458,6 +473,10 @@ void linear_moments(const Linear& a, const Parallel& parallel) {
     case DType::f64:
       return linear_moments_of<double>(a, parallel);
     case DType::bf16:
+      // T = 1 takes squares of single products, which pairs do not give.
+      if constexpr (kBf16Dot) {
+        if (a.T > 1) return linear_moments_of<bf16, Bf16Pair>(a, parallel);
+      }
       return linear_moments_of<bf16>(a, parallel);
     case DType::f16:
       return linear_moments_of<f16>(a, parallel);

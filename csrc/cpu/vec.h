@@ -92,6 +92,11 @@ struct f16 {
   _Float16 value;
 };
 
+// Two consecutive positions, the first in the low half: what AVX-512-BF16 multiplies at once.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
 PX_INLINE float widen(float v) { return v; }
 PX_INLINE double widen(double v) { return v; }
 PX_INLINE float widen(bf16 v) {
