@@ -382,7 +382,6 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   if (p.group > 1) p.group -= p.group % 2;  // examples are best taken in pairs
   p.group = min(p.group, a.B);
   p.positions = ceil_div(a.T, ceil_div(packed_T, kGroup));
-  if (p.packed(2) == 1 && p.positions < a.T) p.positions += p.positions % 2;
 
   const bool has_bias = a.db != nullptr;
   const bool rounds = a.grad_dtype != kSums;
