@@ -50,6 +50,8 @@ NORM = Rows(outputs=64, elements=2048, warps=4, programs=4)
 NORM_ROW = 2048
 # Columns of a table's row taken at once.
 EMBEDDING = 256
+# Elements of a program of a recurrent layer's cell.
+CELL = 256
 STEP = Step(chunk=8192, block=512, warps=4, registers=64, rows=64)
 # Positions of one output and tap.
 DEPTHWISE = Rows(outputs=1, elements=1024, warps=4, programs=4)

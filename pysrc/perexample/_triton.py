@@ -32,11 +32,14 @@ MODULES = {
     "group_norm_moments": "norm",
     "batch_norm_moments": "norm",
     "optimizer_step_": "optimizer",
+    "lstm_forward_": "recurrent",
+    "lstm_backward_": "recurrent",
+    "gru_cell_backward_": "recurrent",
 }
 # They compute in float32: the reference takes float64.
 NO_FLOAT64 = (
     "linear_moments", "conv_moments", "layer_norm_moments", "rms_norm_moments", "group_norm_moments",
-    "batch_norm_moments",
+    "batch_norm_moments", "lstm_forward_", "lstm_backward_", "gru_cell_backward_",
 )  # fmt: skip
 CHOICES = ("", "triton", "reference")
 

@@ -66,13 +66,36 @@ def samples():
             step([(3, 5), (7,)]),
             step([(3, 5), ()], torch.bfloat16, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
         ],
+        "lstm_forward_": [
+            ((rand(2, 3, 20), rand(3, 3, 5), rand(3, 3, 5), rand(20, 5), None, [], False), {}),
+            ((rand(2, 3, 20), rand(3, 3, 2), rand(3, 3, 5), rand(20, 2), rand(2, 5), [3, 1], True), {}),
+        ],
+        "lstm_backward_": [
+            (
+                (
+                    rand(2, 3, 20),
+                    None,
+                    rand(3, 5),
+                    rand(3, 5),
+                    rand(2, 3, 5),
+                    rand(2, 3, 20),
+                    rand(3, 3, 5),
+                    rand(20, 5),
+                    None,
+                    [3, 2],
+                    False,
+                ),
+                {},
+            ),
+        ],
+        "gru_cell_backward_": [(tuple(rand(3, size) for size in (15, 15, 5, 15, 5, 5)), {})],
         "bias_moments": [((rand(3, 4, 5),), {}), ((rand(2, 3, 4).bfloat16(), torch.float32), {})],
         "reduce_moments": [((rand(4, 2, 9),), {}), ((rand(9),), {}), ((rand(2, 9).half(), torch.float64), {})],
     }
 
 
-def test_every_op_has_a_sample():
-    assert set(samples()) == set(_triton.MODULES)
+def test_every_op_has_a_kernel_and_a_sample():
+    assert set(samples()) == set(_triton.MODULES) == set(OPS)
 
 
 every_sample = pytest.mark.parametrize(

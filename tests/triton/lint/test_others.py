@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from perexample.triton_kernels import ahead, configs, conv, embedding, norm, optimizer
+from perexample.triton_kernels import ahead, configs, conv, embedding, norm, optimizer, recurrent
 
 ARCHS = tuple(configs.CONV)
 every_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -22,6 +22,9 @@ def test_convolution(arch, kind, kernel_size):
     assert not found, (found, compiled)
 
 
+CELLS = {"_lstm_cell", "_lstm_cell_backward", "_gru_cell_backward"}
+
+
 @every_arch
 def test_what_only_adds_up(arch):
     x = torch.empty(16, 64, 768, dtype=torch.bfloat16)
@@ -33,7 +36,11 @@ def test_what_only_adds_up(arch):
         norm.batch_norm_moments(image.flatten(2), image.flatten(2), *torch.empty(3, 96), [True] * 3)
         embedding.embedding_moments(x, torch.zeros(16, 64, dtype=torch.long), 1000)
         conv.conv_moments(image, image, [3, 3], [1, 1], [1, 1], [1, 1], 96, False)
-    assert {c.name for c in made} >= {"_normalized", "_affine", "_scaled", "_table_row", "_depthwise", "_bias"}
+        gates, states, weight = (torch.zeros(size, dtype=torch.bfloat16) for size in ((1, 8, 64), (2, 8, 16), (64, 16)))
+        recurrent.lstm_forward_(gates, states, states, weight, None, [], False)
+        recurrent.lstm_backward_(gates, None, states[0], states[1], states[:1], gates, states, weight, None, [], False)
+        recurrent.gru_cell_backward_(*(torch.zeros(8, n * 16) for n in (3, 3, 1, 3, 1, 1)))
+    assert {c.name for c in made} >= {"_normalized", "_affine", "_scaled", "_table_row", "_depthwise", "_bias", *CELLS}
     for compiled in made:
         assert not compiled.problems(), compiled
 
