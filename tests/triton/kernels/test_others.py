@@ -80,7 +80,7 @@ def test_norms(case, dtype):
         check("rms_norm_moments", dy, x, None, weight, 1e-5, [True, True])
 
 
-@pytest.mark.parametrize("case", [SMALL_NORMS[1], SMALL_NORMS[-2]], ids=str)
+@pytest.mark.parametrize("case", [SMALL_NORMS[2], SMALL_NORMS[-2]], ids=str)
 @pytest.mark.parametrize("mask", [[True, False, False], [False, True, False], [False, False, True]], ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "stepped"])
 def test_norms_with_statistics_and_without_weight(case, mask, layout):
@@ -161,7 +161,8 @@ CONVS = [
 ]
 
 
-@pytest.mark.parametrize("case", CONVS, ids=str)
+# Of a depthwise convolution the interpreter takes a program for every output and tap.
+@pytest.mark.parametrize("case", [c for c in CONVS if DEVICE == "cuda" or c.arguments.get("groups") != 5], ids=str)
 def test_convolution(case):
     launches = check("conv_moments", *conv_arguments(case, torch.float32))
     depthwise = case.arguments.get("groups", 1) == case.channels
@@ -169,7 +170,9 @@ def test_convolution(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", [c for c in CONVS if c.batch in (2, 3) and max(c.size) < 9], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CONVS if c.batch in (2, 3) and max(c.size) < 9 and c.outputs < 64], ids=str
+)
 def test_convolution_in_half_precision_and_channels_last(case, dtype):
     dy, x, *further = conv_arguments(case, dtype)
     check("conv_moments", dy.movedim(1, -1).contiguous().movedim(-1, 1), x, *further)
@@ -177,10 +180,15 @@ def test_convolution_in_half_precision_and_channels_last(case, dtype):
         check("conv_moments", dy, x.movedim(1, -1).contiguous().movedim(-1, 1), *further, torch.float32)
 
 
+def test_several_outputs_of_one_channel():
+    x, dy = torch.randn(3, 2, 6, 5), torch.randn(3, 4, 4, 4)
+    check("conv_moments", dy, x, [3, 2], [1, 1], [0, 0], [1, 1], 2, True)
+
+
 @interpreted
 def test_parts_of_the_batch_add_up():
     with pretend(90, processors=40):
-        x = torch.randn(2, 7, 12, 6)
+        x = torch.randn(2, 3, 12, 6)
         for launches in (
             check("layer_norm_moments", *x, None, None, torch.randn(6), 1e-5, [True] * 3),
             check("group_norm_moments", *x, None, None, torch.randn(12), 3, 1e-5, [True] * 3),

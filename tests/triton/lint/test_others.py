@@ -14,15 +14,12 @@ every_arch = pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kind", configs.CONV[90])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_convolution(arch, kind, kernel_size):
-    if (kind, kernel_size) == ("float32", 1):
+    if kernel_size == 1 and (kind, arch) != ("half", 90):
         return  # the same products with fewer addresses
     compiled = ahead.compile_conv(arch, kind, kernel_size)
     assert compiled.name == "_implicit_gemm"
     found = ahead.conv_problems(compiled, kind, configs.CONV[arch][kind])
     assert not found, (found, compiled)
-
-
-CELLS = {"_lstm_cell", "_lstm_cell_backward", "_gru_cell_backward"}
 
 
 @every_arch
@@ -36,11 +33,18 @@ def test_what_only_adds_up(arch):
         norm.batch_norm_moments(image.flatten(2), image.flatten(2), *torch.empty(3, 96), [True] * 3)
         embedding.embedding_moments(x, torch.zeros(16, 64, dtype=torch.long), 1000)
         conv.conv_moments(image, image, [3, 3], [1, 1], [1, 1], [1, 1], 96, False)
+    assert {c.name for c in made} >= {"_normalized", "_affine", "_scaled", "_table_row", "_depthwise", "_bias"}
+    for compiled in made:
+        assert not compiled.problems(), compiled
+
+
+def test_cells():
+    with ahead.compiling(90) as made:
         gates, states, weight = (torch.zeros(size, dtype=torch.bfloat16) for size in ((1, 8, 64), (2, 8, 16), (64, 16)))
         recurrent.lstm_forward_(gates, states, states, weight, None, [], False)
         recurrent.lstm_backward_(gates, None, states[0], states[1], states[:1], gates, states, weight, None, [], False)
         recurrent.gru_cell_backward_(*(torch.zeros(8, n * 16) for n in (3, 3, 1, 3, 1, 1)))
-    assert {c.name for c in made} >= {"_normalized", "_affine", "_scaled", "_table_row", "_depthwise", "_bias", *CELLS}
+    assert {c.name for c in made} == {"_lstm_cell", "_lstm_cell_backward", "_gru_cell_backward"}
     for compiled in made:
         assert not compiled.problems(), compiled
 
@@ -73,6 +77,8 @@ def step(dtype, grad_dtype, state, average, square, centered):
 @every_arch
 @pytest.mark.parametrize("kind", STEPS)
 def test_step(arch, kind):
+    if kind in ("momentum", "sgd") and arch != 90:
+        return  # a part of the others
     with ahead.compiling(arch) as made:
         step(*STEPS[kind])
     assert [c.name for c in made] == ["_table", "_constants", "_step"]
