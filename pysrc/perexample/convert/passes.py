@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .. import autograd
 from ..autograd.expansion import batched
 from ..moments import ExampleCount, MomentModule, _Mode, overlap
+from ..moments.layout import PassInput
 from ..moments.module import WITHOUT
 
 __all__ = ["follow_passes"]
@@ -76,6 +77,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for tensor in _tensors((args, kwargs)):
         if tensor.dim() > dim:
             examples.batch = tensor.shape[dim]
+            if eager:
+                examples.input = PassInput(tensor, dim)
             return
     if module.training:
         raise TypeError(

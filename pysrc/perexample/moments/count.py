@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from .layout import PassInput
 from .uses import Uses
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ExampleCount:
     def __init__(self) -> None:
         self.batch: int | None = None  # examples of the forward pass under way; None outside of one
         self.batch_dim = 0  # which dimension of the layers' inputs it is
+        self.input: PassInput | None = None  # of the pass under way, in eager mode
         self.training = False  # whether the model that began the pass is in training
         self.used: dict[str, str] = {}  # the parameters that it has used so far, and how (see `MomentModule`)
         self.uses: dict[Moment, Uses] = {}  # of those, the uses in eager mode with second moments
@@ -209,7 +211,7 @@ class ExampleCount:
 
     def end_pass(self) -> None:
         """The forward pass under way is over, or none was."""
-        self.batch = None
+        self.batch = self.input = None
         self.used = {}
         for uses in self.uses.values():
             uses.expanded = None

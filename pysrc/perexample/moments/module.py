@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .count import ExampleCount, in_reentrant_checkpoint
+from .layout import ambiguous, moved_from
 from .leaf import Moment, _Mode, moment_of
 from .uses import Call, Uses
 
@@ -175,11 +176,21 @@ class MomentModule(nn.Module):
                 f"{self._label()} ({type(self).__name__}): is served with the batch as dimension 0 only, and the model "
                 f"was converted with batch_dim={self._examples.batch_dim}; freeze it, or run it under px.no_moments()"
             )
-        axis = self._axis(x, dims)
-        if batch is not None and x.shape[axis] != batch:
+        if batch is None:
+            return
+        axis, why = self._axis(x, dims), ""
+        if x.shape[axis] != batch:
+            why = (
+                f"{x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch away, or the batch is "
+                f"not dimension {axis}"
+            )
+        elif not torch.compiler.is_compiling() and ambiguous(x.shape, axis, batch):
+            moved = moved_from(x, axis, batch, self._examples.input)
+            if moved:
+                why = f"{batch} rows, as many as the batch has examples, but dimension {axis} is not the batch: {moved}"
+        if why:
             raise ValueError(
-                f"{self._label()} saw {x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch "
-                f"away, or the batch is not dimension {axis}; keep the batch as dimension {axis} up to this layer "
+                f"{self._label()} saw {why}; keep the batch as dimension {axis} up to this layer "
                 f"(extra dimensions are fine: (batch, positions, features)), pass px.convert(batch_dim=...) where the "
                 f"whole model has it elsewhere, or run this part under px.no_moments()"
             )

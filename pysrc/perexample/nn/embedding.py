@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from ..autograd.expansion import PerExample
+from ..autograd.expansion import Origin, PerExample
 from ..moments import MomentModule
 
 __all__ = ["Embedding", "EmbeddingBag"]
@@ -76,7 +76,11 @@ class Embedding(MomentModule, nn.Embedding):
                 f"compile the parts of the model without this layer"
             )
         copies = self._look_up(indices.expand(batch, *indices.shape))
-        return copies[0] if batch == 1 else PerExample(copies, self._examples.batch_dim, self._label())
+        return (
+            copies[0]
+            if batch == 1
+            else PerExample(copies, Origin(self._label(), self._examples.batch_dim, self._examples.input))
+        )
 
     def _with_batch(self, indices: Tensor) -> Tensor:
         batch = self._examples.batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ..autograd.expansion import PerExample, appearance, batched
+from ..autograd.expansion import Origin, PerExample, appearance, batched
 from ..moments import Call, MomentModule, in_reentrant_checkpoint, moment_of
 from ..moments.leaf import _Mode
 from ..moments.module import REENTRANT, WITH, WITHOUT
@@ -77,9 +77,8 @@ class Fallback(MomentModule):
             uses = self._note_use(name, WITH)
             assert uses is not None and examples.batch is not None and moment.leaf is not None
             self._warn_if_large(name, p, examples.batch)
-            uses.expanded = appearance(
-                p, moment.leaf, Call((uses,)), examples.batch, examples.batch_dim, f"{self._label()}.{name}"
-            )
+            origin = Origin(f"{self._label()}.{name}", examples.batch_dim, examples.input)
+            uses.expanded = appearance(p, moment.leaf, Call((uses,)), examples.batch, origin)
         return uses.expanded
 
     def _again(self, name: str, p: Tensor, calls: list[dict[str, Tensor]] | None) -> Tensor:
@@ -88,7 +87,7 @@ class Fallback(MomentModule):
         batch = self._examples.recomputed_batch(f"{self._label()}.{name}")
         leaf = self._moments[name].leaf
         assert leaf is not None
-        value = appearance(p, leaf, None, batch, self._examples.batch_dim, f"{self._label()}.{name}")
+        value = appearance(p, leaf, None, batch, Origin(f"{self._label()}.{name}", self._examples.batch_dim))
         if calls:
             calls[-1][name] = value
         return value
@@ -196,4 +195,4 @@ def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     first, single = found
     if not isinstance(output, Tensor):
         batched(first)  # raises
-    return PerExample(output.unsqueeze(1) if single else output, first.batch_dim, first.owner)
+    return PerExample(output.unsqueeze(1) if single else output, first.origin)

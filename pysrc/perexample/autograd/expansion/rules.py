@@ -1,0 +1,119 @@
+"""One torch function that has met a `PerExample`: which rule applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...moments.layout import ambiguous, moved_from
+from . import names
+from .meeting import Meeting
+from .per_example import PerExample, axis_of, plain
+
+__all__ = ["call"]
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = names.name_of(func)
+    with torch._C.DisableTorchFunctionSubclass():
+        if name in names.NATIVE or (
+            name.startswith(".") and name != ".data" and name[1:] not in names.ATTRIBUTES_MAPPED
+        ):
+            return func(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs))
+        if name in names.CONSTANT or name in (".data", "requires_grad") or not torch.is_grad_enabled():
+            args, kwargs = tree_unflatten([plain(value) for value in flat], spec)
+            return func(*args, **kwargs)
+        first = next(value for value in flat if isinstance(value, PerExample))
+        return Rule(func, name, args, kwargs, first).apply()
+
+
+class Rule(Meeting):
+    """Which of the ways a torch function that has met a `PerExample` goes."""
+
+    def apply(self) -> Any:
+        name = self.name
+        if name == "setitem":
+            return self.set_item()
+        if names.in_place(self.func) and isinstance(self.args[0], PerExample):
+            self.refuse("in place")
+        if name in ("to", "type_as", "view_as", "reshape_as", "expand_as"):
+            self.resolve_like()
+            name = self.name
+            if not isinstance(self.args[0], PerExample):
+                return self.func(*self.args, **self.kwargs)
+        flat, _ = tree_flatten((self.args, self.kwargs))
+        if any(value.batch != self.batch for value in flat if isinstance(value, PerExample)):
+            self.refuse("of another forward pass")
+        others = [t for t in flat if isinstance(t, Tensor) and not isinstance(t, PerExample)]
+        carriers = [t for t in others if self.carries(t)]
+        for carrier in carriers:
+            self.refuse_moved(carrier)
+        for other in others:
+            if isinstance(other, torch.nn.Parameter) and other.requires_grad:
+                self.refuse("with a parameter read from another layer")
+            if other.requires_grad and not any(other is carrier for carrier in carriers):
+                self.refuse(f"with a tensor of shape {tuple(other.shape)}, where the batch has {self.batch} examples")
+        if not carriers:
+            return self.alone(flat)
+        if name in names.ELEMENTWISE:
+            return self.elementwise(carriers)
+        if name in names.LAYERS:
+            return self.layer(carriers)
+        if name == "einsum":
+            return self.einsum(carriers)
+        if name == "getitem" and isinstance(self.args[1], Tensor) and self.args[1].dtype != torch.bool:
+            return self.rowwise({id(carriers[0])})
+        if any(carrier.requires_grad for carrier in carriers):
+            self.refuse()
+        return self.mapped()  # constants, of as many rows as the batch has by coincidence
+
+    def refuse_moved(self, carrier: Tensor) -> None:
+        """Raise where it is known that another dimension than the batch stands in the place of the batch."""
+        axis = axis_of(carrier, self.batch_dim)
+        if ambiguous(carrier.shape, axis, self.batch):
+            moved = moved_from(carrier, axis, self.batch, self.first.origin.input)
+            if moved:
+                self.refuse(
+                    f"with a tensor of shape {tuple(carrier.shape)} whose dimension {axis} is as long as the batch but "
+                    f"not the batch: {moved}; keep the batch first"
+                )
+
+    def resolve_like(self) -> None:
+        """``p.to(x)`` and the like use x for its dtype, device or shape alone."""
+        first, *rest = self.args
+        other = rest[0] if rest else self.kwargs.pop("other", None)
+        if not isinstance(other, Tensor):
+            return
+        if self.name in ("view_as", "reshape_as"):
+            self.func, self.name, self.args = Tensor.reshape, "reshape", (first, tuple(other.shape))
+        elif self.name == "expand_as":
+            self.func, self.name, self.args = Tensor.expand, "expand", (first, tuple(other.shape))
+        else:
+            self.func, self.name, self.args = Tensor.to, "to", (first, other.device, other.dtype)
+
+    def set_item(self) -> None:
+        """``x[:, i] = p``, and ``x[mask] = p`` with a mask (B, ...)."""
+        target, index, value = self.args
+        if isinstance(target, PerExample) or not isinstance(value, PerExample) or self.batch_dim:
+            self.refuse("in place")
+        if target.dim() == 0 or target.shape[0] != self.batch:
+            self.refuse(f"into a tensor of shape {tuple(target.shape)}, where the batch has {self.batch} examples")
+        if not target.requires_grad:
+            self.refuse("into a tensor without gradient, which may be no batch")
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) == 1 and isinstance(parts[0], Tensor) and parts[0].dtype == torch.bool:
+            mask = parts[0]
+            rest = target.dim() - mask.dim()
+            if mask.dim() == 0 or mask.shape[0] != self.batch or value.dim() > rest:
+                self.refuse("with this index")
+            copies = value.copies[mask.nonzero()[:, 0]]
+            target[mask] = copies.reshape(copies.shape[0], *(1,) * (rest - value.dim()), *value.shape)
+            return
+        if not (isinstance(parts[0], slice) and parts[0] == slice(None)) or any(isinstance(p, Tensor) for p in parts):
+            self.refuse("with an index that does not keep the batch dimension first")
+        target[index] = self.align(value, target[index].dim(), 0)

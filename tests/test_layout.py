@@ -1,0 +1,149 @@
+"""As many positions as examples: a tensor whose batch stands elsewhere is refused, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import randn, weighted_sum
+from torch import nn
+
+import perexample as px
+from perexample.testing import assert_moments, oracle
+
+SAME = 4  # examples, positions and features alike
+
+
+class Model(nn.Module):
+    """A layer, then what is to be looked at, with a layer or a parameter of its own to meet it."""
+
+    def __init__(self, forward, second=None):
+        super().__init__()
+        self.body = forward
+        self.first = nn.Linear(SAME, SAME)
+        self.second = second
+        self.scale = nn.Parameter(randn(SAME, seed=2)) if second is None else None
+
+    def forward(self, x):
+        return self.body(self, self.first(x))
+
+
+def convert(forward, second=None):
+    torch.manual_seed(0)
+    return px.convert(Model(forward, second).double())
+
+
+MOVED = {
+    "transpose": lambda h: h.transpose(0, 1),
+    "permute": lambda h: h.permute(1, 0, 2),
+    "permute after others": lambda h: (h.relu() + 1).permute(2, 0, 1).contiguous(),
+    "movedim": lambda h: F.gelu(h.movedim(0, -1)),
+    "einsum": lambda h: torch.einsum("btd->tbd", h),
+    "residual": lambda h: h.transpose(0, 1) + h.transpose(0, 1).tanh(),
+    "folded": lambda h: h.transpose(0, 1).reshape(SAME, SAME * SAME)[:, :SAME],
+    "reduced": lambda h: h.transpose(0, 1).mean(2, keepdim=True).expand(-1, -1, SAME),
+    "selected": lambda h: h.transpose(0, 1)[:, :, 0],
+    "products": lambda h: (h @ h.mT).transpose(0, 2),
+    "joined": lambda h: torch.cat([h.transpose(0, 1), h.transpose(0, 1)], 2)[..., :SAME],
+    "stacked": lambda h: torch.stack([h[:, 0].t(), h[:, 1].t()], 1),
+    "split": lambda h: h.transpose(0, 1).unbind(1)[0],
+}
+KEPT = {
+    "as it is": lambda h: h,
+    "there and back": lambda h: h.transpose(0, 1).tanh().transpose(0, 1),
+    "other dimensions": lambda h: h.transpose(1, 2).contiguous(),
+    "heads": lambda h: h.unflatten(2, (2, -1)).transpose(1, 2).softmax(-1).transpose(1, 2).flatten(2),
+    "attention": lambda h: (
+        F.scaled_dot_product_attention(*(h.unflatten(2, (2, 2)).transpose(1, 2),) * 3).transpose(1, 2).flatten(2)
+    ),
+    "scores": lambda h: (h @ h.mT).softmax(-1) @ h,
+    "folded and back": lambda h: (h.flatten(0, 1).tanh() @ torch.eye(SAME).double()).view_as(h),
+    "first position": lambda h: h[:, 0],
+    "mean": lambda h: h.mean(1),
+    "loop over positions": lambda h: torch.stack([row.tanh() for row in h.unbind(1)], 1),
+    "joined": lambda h: torch.cat([h[:, :2], h[:, 2:].flip(1)], 1),
+    "broadcast": lambda h: h + h.mean((1, 2))[:, None, None] + h[:, :1].squeeze(1).unsqueeze(1),
+    "einsum": lambda h: torch.einsum("bij,bkj->bik", h, h),
+    "padded": lambda h: F.pad(h, (0, 0, 1, 0))[:, :-1],
+    "rows by index": lambda h: h[torch.arange(len(h))],
+}
+
+
+class TestWithAKernel:
+    @pytest.mark.parametrize("how", MOVED)
+    def test_moved_is_refused(self, how):
+        model = convert(lambda m, h: m.second(MOVED[how](h)), nn.Linear(SAME, 3))
+        with pytest.raises(
+            ValueError, match=r"second saw 4 rows, as many as the batch has examples, but dimension 0 is not the batch"
+        ):
+            model(randn(SAME, SAME, SAME))
+        with px.no_moments():
+            model(randn(SAME, SAME, SAME))
+
+    @pytest.mark.parametrize("how", KEPT)
+    def test_kept_is_exact(self, how):
+        model = convert(lambda m, h: m.second(KEPT[how](h)), nn.Linear(SAME, 3))
+        exact(model, randn(SAME, SAME, SAME))
+
+    def test_the_message_says_what_moved_it(self):
+        model = convert(lambda m, h: m.second(h.relu().permute(1, 0, 2).tanh()), nn.LayerNorm(SAME))
+        with pytest.raises(ValueError, match="'permute' put another one there; keep the batch as dimension 0"):
+            model(randn(SAME, SAME, SAME))
+
+    def test_the_input_itself(self):
+        layer = px.convert(nn.Sequential(Turned(), nn.Linear(SAME, 3)).double())
+        for x in (randn(SAME, SAME, SAME), randn(SAME, SAME, SAME).requires_grad_(), randn(SAME, SAME, SAME) * 2):
+            with pytest.raises(ValueError, match="as many as the batch has examples"):
+                layer(x)
+        tokens = torch.arange(SAME * SAME).view(SAME, SAME)
+        with pytest.raises(ValueError, match="the batch is another dimension"):
+            px.convert(nn.Sequential(Turned(), nn.Embedding(SAME * SAME, 3)))(tokens)
+
+    def test_a_batch_second_model(self):
+        model = px.convert(nn.Sequential(nn.Linear(SAME, SAME), Turned(), nn.Linear(SAME, 3)), batch_dim=1)
+        with pytest.raises(ValueError, match="dimension 1 is not the batch: 'transpose' put another one there"):
+            model(torch.randn(SAME, SAME, SAME))
+
+    def test_sequence_first_recurrence_turns_its_input_by_right(self):
+        model = convert(
+            lambda m, h: m.second(h.transpose(0, 1))[0].transpose(0, 1), nn.LSTM(SAME, SAME, batch_first=False)
+        )
+        exact(model, randn(SAME, SAME, SAME))
+
+
+class TestTheFallback:
+    @pytest.mark.parametrize("how", MOVED)
+    def test_moved_is_refused(self, how):
+        model = convert(lambda m, h: MOVED[how](h) * m.scale)
+        with pytest.raises(ValueError, match="as long as the batch but not the batch"):
+            model(randn(SAME, SAME, SAME))
+
+    @pytest.mark.parametrize("how", [how for how in KEPT if how != "rows by index"])
+    def test_kept_is_exact(self, how):
+        exact(convert(lambda m, h: KEPT[how](h) * m.scale), randn(SAME, SAME, SAME))
+
+    def test_a_view_of_the_input(self):
+        class First(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale, self.fc = nn.Parameter(torch.ones(SAME)), nn.Linear(SAME, 3)
+
+            def forward(self, x):
+                return self.fc(x.transpose(0, 1) * self.scale)
+
+        with pytest.raises(ValueError, match="the batch is another dimension"):
+            px.convert(First())(torch.randn(SAME, SAME, SAME))
+
+
+class Turned(nn.Module):
+    """Exchanges the first two dimensions."""
+
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+def exact(model, x):
+    output = model(x)
+    weights = randn(*output.shape, seed=3)
+    weighted_sum(output, weights).backward()
+    assert_moments(model, oracle(model, weighted_sum, x, weights, reduction="sum"))
