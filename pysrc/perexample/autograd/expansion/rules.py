@@ -18,6 +18,7 @@ __all__ = ["call"]
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives where a `PerExample` is among its arguments."""
     name = names.name_of(func)
     with torch._C.DisableTorchFunctionSubclass():
         if name in names.NATIVE or (
