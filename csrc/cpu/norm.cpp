@@ -6,7 +6,8 @@
 // RMSNorm is LayerNorm without the means of x and of h.
 //
 // Both read dy and x from memory once: a first sweep over a few rows (LayerNorm) or over one group
-// (GroupNorm) takes all sums, a second one, now from the cache, writes dx.
+// (GroupNorm) takes all sums, a second one, now from the cache, writes dx. Meanwhile the first asks
+// for the lines that the second will write, the second for those that the next first one will read.
 //
 // A task is a piece: a group of whole examples or, in LayerNorm with few examples, a part of one
 // example's positions. Each piece has its own sums; they are combined in order.
@@ -21,6 +22,7 @@ constexpr int64_t kTasks = 32;                        // tasks to aim at
 constexpr int64_t kTaskSize = 1 << 15;                // elements that are worth a task
 constexpr int64_t kMaxSums = 1 << 19;                 // elements of all pieces' sums
 constexpr int64_t kCombined = 512;                    // columns that one task combines
+constexpr int64_t kFetched = 1 << 14;                 // bytes of a group that are fetched early
 constexpr int kRows = PX_VECTOR_BYTES == 64 ? 4 : 2;  // rows at a time: what the registers hold
 
 PX_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
@@ -162,6 +164,8 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t b
     }
   }
 
+  T* dx = static_cast<T*>(a.dx) + (b * a.T + t) * a.D;
+  bool wanted = a.dx != nullptr;
   Vec<A> total_h[R] = {}, total_hx[R] = {};
   each_vector<A>(a.D, [&](int64_t i, auto get, auto) PX_LAMBDA {
     Vec<A> w = load(weight + i);
@@ -174,6 +178,7 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t b
       Vec<A> d = get(dy + r * dy_step + i);
       Vec<A> xhat = (get(x + r * x_step + i) - broadcast(mean[r])) * broadcast(rstd[r]);
       Vec<A> h = d * w;
+      if (wanted) fetch_to_write(dx + r * a.D, i);
       total_h[r] += h;
       total_hx[r] += h * xhat;
       if constexpr (span == Span::kInside) {
@@ -203,9 +208,8 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t b
       }
     }
   });
-  if (a.dx == nullptr) return;
+  if (!wanted) return;
 
-  T* dx = static_cast<T*>(a.dx) + (b * a.T + t) * a.D;
   A mean_h[R], slope[R];
   for (int r = 0; r < R; ++r) {
     mean_h[r] = a.centered ? sum<A>(total_h[r]) / static_cast<A>(a.D) : A{0};
@@ -216,6 +220,8 @@ void layer_norm_rows(const LayerNorm& a, const Accumulator<T>* weight, int64_t b
     unroll<R>([&](auto r) PX_LAMBDA {
       Vec<A> h = get(dy + r * dy_step + i) * w - broadcast(mean_h[r]);
       Vec<A> centered = get(x + r * x_step + i) - broadcast(mean[r]);
+      fetch(dy + r * dy_step, R * dy_step + i);
+      fetch(x + r * x_step, R * x_step + i);
       put(dx + r * a.D + i, (h - centered * broadcast(slope[r])) * broadcast(rstd[r]));
     });
   });
@@ -272,14 +278,16 @@ void layer_norm(const LayerNorm& a, const Parallel& parallel) {
 
 // --- GroupNorm ---
 
-// Of one channel's n positions, the sum of dy (x - mean) and the sum of dy.
+// Of one channel's n positions, the sum of dy (x - mean) and the sum of dy; dx, if wanted, is
+// written next.
 template <class T, class A>
-void channel_sums(const T* dy, const T* x, int64_t n, A mean, A& product, A& plain) {
+void channel_sums(const T* dy, const T* x, const T* dx, int64_t n, A mean, A& product, A& plain) {
   constexpr int64_t L = lanes<A>;
   Vec<A> products[2] = {}, plains[2] = {};
   int64_t i = 0;
   auto add = [&](auto v) PX_LAMBDA {
     Vec<A> d = load_wide(dy + i + v * L);
+    if (dx != nullptr) fetch_to_write(dx, i + v * L);
     products[v] += d * (load_wide(x + i + v * L) - broadcast(mean));
     plains[v] += d;
   };
@@ -295,14 +303,17 @@ void channel_sums(const T* dy, const T* x, int64_t n, A mean, A& product, A& pla
   plain = sum<A>(plains[0] + plains[1]) + plain_rest;
 }
 
-// dx = scale dy - slope (x - mean) - offset over one channel's n positions.
+// dx = scale dy - slope (x - mean) - offset over one channel's n positions; those `ahead` are read
+// next.
 template <class T, class A>
-void channel_gradient(const T* dy, const T* x, T* dx, int64_t n, A mean, A scale, A slope,
-                      A offset) {
+void channel_gradient(const T* dy, const T* x, T* dx, int64_t n, int64_t ahead, A mean, A scale,
+                      A slope, A offset) {
   constexpr int64_t L = lanes<A>;
   int64_t i = 0;
   for (; i + L <= n; i += L) {
     Vec<A> centered = load_wide(x + i) - broadcast(mean);
+    fetch(dy, ahead + i);
+    fetch(x, ahead + i);
     store_narrow(dx + i, broadcast(scale) * load_wide(dy + i) -
                              (broadcast(slope) * centered + broadcast(offset)));
   }
@@ -311,12 +322,43 @@ void channel_gradient(const T* dy, const T* x, T* dx, int64_t n, A mean, A scale
   }
 }
 
+// The same two where every channel is one position, over the n channels of a group: G of weight and
+// bias, and the sums of h xhat and h.
+template <class T, class A>
+void point_sums(const T* dy, const T* x, const A* weight, int64_t n, Statistics<A> s, A* G_w,
+                A* G_b, A& sum_hx, A& sum_h) {
+  Vec<A> total_hx{}, total_h{};
+  each_vector<A>(n, [&](int64_t i, auto get, auto put) PX_LAMBDA {
+    Vec<A> d = get(dy + i), w = get(weight + i);
+    Vec<A> product = d * ((get(x + i) - broadcast(s.mean)) * broadcast(s.rstd));
+    put(G_w + i, product);
+    put(G_b + i, d);
+    total_hx += w * product;
+    total_h += w * d;
+  });
+  sum_hx = sum<A>(total_hx);
+  sum_h = sum<A>(total_h);
+}
+
+template <class T, class A>
+void point_gradient(const T* dy, const T* x, T* dx, const A* weight, int64_t n, Statistics<A> s,
+                    A slope, A offset) {
+  each_vector<A>(n, [&](int64_t i, auto get, auto put) PX_LAMBDA {
+    Vec<A> scaled = get(dy + i) * (get(weight + i) * broadcast(s.rstd));
+    Vec<A> centered = get(x + i) - broadcast(s.mean);
+    put(dx + i, scaled - (broadcast(slope) * centered + broadcast(offset)));
+  });
+}
+
 template <class T>
 void group_norm(const GroupNorm& a, const Parallel& parallel) {
   using A = Accumulator<T>;
   const T* dy = static_cast<const T*>(a.dy);
   const T* x = static_cast<const T*>(a.x);
+  T* dx = static_cast<T*>(a.dx);
   int64_t channels = a.C / a.groups;  // of a group
+  int64_t size = channels * a.S;      // of a group
+  int64_t ahead = size * static_cast<int64_t>(sizeof(T)) <= kFetched ? size : 0;
   int64_t limit = min_of(kTasks, max_of(2, kMaxSums / (Sums<A>::kArrays * a.C)));
   int64_t pieces = max_of(1, min_of(min_of(limit, a.B), a.B * a.C * a.S / kTaskSize));
   int64_t examples = ceil_div(a.B, pieces);  // of a piece
@@ -335,7 +377,7 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
     int64_t i = a.constant ? g : b * a.groups + g;
     if (a.mean != nullptr && a.rstd != nullptr)
       return {static_cast<const A*>(a.mean)[i], static_cast<const A*>(a.rstd)[i]};
-    return statistics(x + i * channels * a.S, channels * a.S, a.eps);
+    return statistics(x + i * size, size, a.eps);
   };
 
   parallel(pieces * ranges, [&](int64_t task) {
@@ -351,25 +393,34 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
         Statistics<A> s = statistics_of(b, g);
         int64_t c_begin = g * channels;
         int64_t c_end = c_begin + channels;
+        int64_t first = (b * a.C + c_begin) * a.S;
         A total_h = 0, total_hx = 0;
-        for (int64_t c = c_begin; c < c_end; ++c) {
+        if (a.S == 1) {
+          point_sums(dy + first, x + first, weight + c_begin, channels, s, own.G_w + c_begin,
+                     own.G_b + c_begin, total_hx, total_h);
+        }
+        for (int64_t c = c_begin; c < c_end && a.S > 1; ++c) {
           int64_t at = (b * a.C + c) * a.S;
           A G_w, G_b;
-          channel_sums(dy + at, x + at, a.S, s.mean, G_w, G_b);
+          channel_sums(dy + at, x + at, dx == nullptr ? nullptr : dx + at, a.S, s.mean, G_w, G_b);
           G_w *= s.rstd;
           own.G_w[c] = G_w;
           own.G_b[c] = G_b;
           total_hx += weight[c] * G_w;
           total_h += weight[c] * G_b;
         }
-        if (a.dx == nullptr) continue;
-        A count = static_cast<A>(channels * a.S);
-        A slope = a.constant ? A{0} : s.rstd * s.rstd * (total_hx / count);
-        A offset = a.constant ? A{0} : s.rstd * (total_h / count);
+        if (dx == nullptr) continue;
+        A slope = a.constant ? A{0} : s.rstd * s.rstd * (total_hx / static_cast<A>(size));
+        A offset = a.constant ? A{0} : s.rstd * (total_h / static_cast<A>(size));
+        if (a.S == 1) {
+          point_gradient(dy + first, x + first, dx + first, weight + c_begin, channels, s, slope,
+                         offset);
+          continue;
+        }
         for (int64_t c = c_begin; c < c_end; ++c) {
           int64_t at = (b * a.C + c) * a.S;
-          channel_gradient(dy + at, x + at, static_cast<T*>(a.dx) + at, a.S, s.mean,
-                           s.rstd * weight[c], slope, offset);
+          channel_gradient(dy + at, x + at, dx + at, a.S, ahead, s.mean, s.rstd * weight[c], slope,
+                           offset);
         }
       }
       add_example(own, g_begin * channels, g_end * channels);

@@ -24,6 +24,19 @@ PX_INLINE void with_type(DType dtype, const F& f) {
   }
 }
 
+// Asks for the cache line of p[offset], to read it later (into L2) or to write it soon. The address
+// may lie outside of any array: nothing is read.
+template <class T>
+PX_INLINE void fetch(const T* p, int64_t offset) {
+  uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+}
+template <class T>
+PX_INLINE void fetch_to_write(const T* p, int64_t offset) {
+  uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 1);
+}
+
 // The first n values at p, zeros in the remaining lanes.
 template <class T>
 PX_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t n) {
