@@ -19,6 +19,7 @@ constexpr int kDigitBits = 11;          // of one pass of the sort
 constexpr int64_t kTaskSize = 1 << 15;  // elements that are worth a task
 constexpr int64_t kTasksPerThread = 8;  // so that no thread waits long for another
 constexpr int64_t kSplitColumns = 256;  // columns of a task where one row dominates
+constexpr int64_t kAhead = 512;         // elements of the outputs whose lines are fetched early
 
 template <class Int>
 struct Occurrence {
@@ -118,6 +119,75 @@ void sum_row(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<
   narrow_row(n, block.sum_sq, static_cast<A*>(a.dw_sq) + at);
 }
 
+// The same for a row of at most kBlockRows occurrences, whose sums stay in registers: `rows` points
+// to them, `coming` to those of the rows after it, which are fetched meanwhile, `last` says which
+// end an example. G is the dtype of dw.
+template <class T, class G>
+void sum_few(const T* const* rows, const T* const* coming, const bool* last, int64_t count,
+             int64_t n, G* dw, Accumulator<T>* dw_sq) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = lanes<A>;
+  auto row = [&](int64_t r) PX_LAMBDA { return rows[r]; };
+  each_strip<T>(n, count, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
+    constexpr int V = decltype(vectors)::value;
+    Vec<A> g[V] = {}, total[V] = {}, square[V] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const T* p = at(r);
+      unroll<V>([&](auto v) PX_LAMBDA {
+        g[v] += load_wide(p + v * L);
+        fetch(coming[r], column + v * L);
+      });
+      if (!last[r]) continue;
+      unroll<V>([&](auto v) PX_LAMBDA {
+        total[v] += g[v];
+        square[v] += g[v] * g[v];
+        g[v] = Vec<A>{};
+      });
+    }
+    unroll<V>([&](auto v) PX_LAMBDA {
+      int64_t i = column + v * L;
+      fetch_to_write(dw, i + kAhead);
+      fetch_to_write(dw_sq, i + kAhead);
+      if (i + L <= n) {
+        store_narrow(dw + i, total[v]);
+        store(dw_sq + i, square[v]);
+      } else {
+        store_first(dw + i, total[v], n - i);
+        store_first(dw_sq + i, square[v], n - i);
+      }
+    });
+  });
+}
+
+// Columns [column, column + n) of a row of few occurrences; others begin at `end`.
+template <class T, class Int>
+void gather_few(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<Int>* end,
+                const Occurrence<Int>* all_end, int64_t row, int64_t column, int64_t n) {
+  using A = Accumulator<T>;
+  const T *rows[kBlockRows], *coming[kBlockRows];
+  bool last[kBlockRows];
+  int64_t count = end - begin, example_end = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    auto find = [&](int64_t position, int64_t b) {
+      return static_cast<const T*>(a.dy) + b * a.dy_stride[0] +
+             (position - b * a.T) * a.dy_stride[1] + column * a.dy_stride[2];
+    };
+    int64_t position = begin[r].position, b = position / a.T;
+    rows[r] = coming[r] = find(position, b);
+    if (r > 0) last[r - 1] = position >= example_end;
+    example_end = (b + 1) * a.T;
+    if (end + r < all_end) coming[r] = find(end[r].position, end[r].position / a.T);
+  }
+  last[count - 1] = true;
+  int64_t at = row * a.D + column;
+  A* dw_sq = static_cast<A*>(a.dw_sq) + at;
+  if (a.grad_dtype == a.dtype) {
+    sum_few<T>(rows, coming, last, count, n, static_cast<T*>(a.dw) + at, dw_sq);
+  } else {
+    sum_few<T>(rows, coming, last, count, n, static_cast<A*>(a.dw) + at, dw_sq);
+  }
+}
+
 // Zeros n elements of both outputs.
 template <class T>
 void clear(const Embedding& a, int64_t at, int64_t n) {
@@ -148,6 +218,9 @@ void moments(const Embedding& a, const Parallel& parallel) {
   int64_t splits = ceil_div(a.D, width);
   int64_t block = a.dy_stride[2] == 1 ? kBlockColumns : kGatheredColumns;
 
+  bool simple = (a.dy_stride[2] == 1 || a.D == 1) &&
+                (a.grad_dtype == a.dtype || (a.grad_dtype == DType::f32 && a.dtype != DType::f64));
+
   parallel(ranges * splits, [&](int64_t task) {
     int64_t range = task / splits;
     int64_t left = task % splits * width;
@@ -167,6 +240,12 @@ void moments(const Embedding& a, const Parallel& parallel) {
       if (v == v_end) break;
       const Occurrence<Int>* end = next;
       while (end < sorted + count && static_cast<int64_t>(end->index) == v) ++end;
+      if (end - next <= kBlockRows && simple) {
+        gather_few<T>(a, next, end, sorted + count, v, left, right - left);
+        next = end;
+        ++v;
+        continue;
+      }
       for (int64_t column = left; column < right; column += block) {
         sum_row<T>(a, next, end, v, column, min_of(block, right - column));
       }
