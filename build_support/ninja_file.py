@@ -47,20 +47,29 @@ def with_cuda() -> bool:
     return choice == "1" or (choice == "" and not missing and torch.version.cuda is not None)
 
 
-def gencodes() -> list[tuple[str, str]]:
-    """(arch, nvcc flag) of everything to compile for. 9.0 is sm_90a: the Hopper kernels need it."""
-    archs = []
+def cuda_archs() -> tuple[list[str], bool]:
+    """The archs to compile for, and whether to add PTX. 9.0 is 90a: the Hopper kernels need it."""
+    archs, ptx = [], False
     for entry in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold archs like 8.0, 9.0a or 12.0+PTX, got {entry!r}")
-        major, minor, accelerated, ptx = match.groups()
-        number = major + minor
-        name = number + ("a" if number == "90" else accelerated)
-        archs.append((name, f"-gencode=arch=compute_{name},code=sm_{name}"))
-        if ptx:
-            archs.append((f"{number} PTX", f"-gencode=arch=compute_{number},code=compute_{number}"))
-    return archs
+        number = match[1] + match[2]
+        archs.append(number + ("a" if number == "90" else match[3]))
+        ptx = ptx or match[4] is not None
+    return archs, ptx
+
+
+def lowest(archs: list[str]) -> str:
+    """The virtual arch of the portable sources, compiled once for all: any of these archs, and later ones, takes it."""
+    return min((arch.removesuffix("a") for arch in archs), key=int)
+
+
+def gencodes(archs: list[str], ptx: bool) -> str:
+    """nvcc's flags for the portable sources: they use nothing that came after the lowest arch."""
+    virtual = f"compute_{lowest(archs)}"
+    real = [*(f"sm_{arch}" for arch in archs), *([virtual] if ptx else [])]
+    return " ".join(f"-gencode=arch={virtual},code={code}" for code in real)
 
 
 def toolkit_libraries() -> str:
@@ -75,28 +84,28 @@ def toolkit_libraries() -> str:
 def ninja_file(info: str) -> str:
     """The build; `info` is the name of the second library."""
     cuda = with_cuda()
-    archs = gencodes() if cuda else []
-    names = ", ".join(name for name, _ in archs)
+    archs, ptx = cuda_archs() if cuda else ([], False)
     lib, include = (Path(torch.__file__).parent / part for part in ("lib", "include"))
     facts = {"FLAGS": FLAGS, "COMPILED_CAPABILITIES": " ".join(CAPABILITIES), "TORCH_VERSION": torch.__version__}
-    facts["CUDA_ARCHS"] = names
+    facts["CUDA_ARCHS"] = ", ".join([*archs, *([f"{lowest(archs)} PTX"] if ptx else [])])
     python = [f"-isystem {path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
     python += [f"'-DPX_{k}=\"{v}\"'" for k, v in facts.items()]
     stable_abi = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {include}"  # torch 2.11
-    # unit -> (rule, source, flags)
+    # unit -> (rule, source, flags); those that take longest first
     units = {"capability": ("compile", "csrc/cpu/capability.cpp", ""), "plan": ("compile", "csrc/cuda/plan.cpp", "")}
+    if cuda:
+        portable, hopper = gencodes(archs, ptx), "90a" in archs
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+            for_hopper = hopper and source.name in HOPPER_SOURCES
+            flags = "-gencode=arch=compute_90a,code=sm_90a" if for_hopper else portable
+            units[f"cuda.{source.stem}"] = ("cuda", str(source), f"{flags} -DPX_SM90A={int(hopper)}")
+    else:
+        units["cuda.absent"] = ("compile", "csrc/cuda/absent.cpp", "")
     for source in sorted(Path("csrc/bindings").glob("*.cpp")):
         units[f"bindings.{source.stem}"] = ("compile", str(source), stable_abi)
     for source in sorted(set(Path("csrc/cpu").glob("*.cpp")) - {Path("csrc/cpu/capability.cpp")}):
         for name, flags in CAPABILITIES.items():
             units[f"{source.stem}.{name}"] = ("compile", str(source), f"-DPX_CAPABILITY={name} {flags}")
-    if cuda:
-        hopper = [flag for name, flag in archs if name == "90a"]
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
-            flags = (hopper if source.name in HOPPER_SOURCES else []) or [flag for _, flag in archs]
-            units[f"cuda.{source.stem}"] = ("cuda", str(source), " ".join([*flags, f"-DPX_SM90A={len(hopper)}"]))
-    else:
-        units["cuda.absent"] = ("compile", "csrc/cuda/absent.cpp", "")
     objects = " ".join(f"build/{stem}.o" for stem in units)
     units["module"] = ("compile", "csrc/module.cpp", " ".join(python))
     return f"""builddir = build

@@ -117,7 +117,8 @@ KERNELS = {
     "reorder": (64, [("LDG",)]),
     "layer_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
     "group_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
-    "embedding_runs": (64, [("LDG",)]),
+    "embedding_chunks": (64, [("LDG",), ("BAR",)]),
+    "embedding_join": (64, [("LDG",), ("BAR",)]),
     "step_batch": (128, [("LDG",), ("STG",), ("MUFU",)]),
     "count_examples": (64, [("DADD",)]),
 }

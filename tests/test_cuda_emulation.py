@@ -238,7 +238,7 @@ MUTANTS = {
     "the tail of an example dropped": (
         "few_wgmma",
         "linear_wgmma.cuh",
-        "(positions % Tile::kBlock + 15) / 16",
+        "(positions + 15) % Tile::kBlock / 16",
         "positions % Tile::kBlock / 16",
     ),
     "chunks squared before they are added": (

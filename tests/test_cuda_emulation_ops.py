@@ -80,6 +80,20 @@ def test_conv(lib, name, layout, dtype):
     check(got[2:], lambda b, d: dy[b].to(d).flatten(1).sum(1), batch, (outputs,), dtype)
 
 
+def test_division_by_multiplication(lib):
+    most = 2**31 - 1
+    edges = torch.tensor([1, 2, 3, 5, 7, 9, 640, 641, 2**16 - 1, 2**16, 2**16 + 1, 2**30 - 1, 2**30, 2**30 + 1, most])
+    divisors = torch.cat([edges, torch.randint(1, 2**31, (100,)), torch.randint(1, 3000, (100,))])
+    # Around multiples of the divisor.
+    multiples = divisors[:, None] * torch.cat([torch.arange(4), torch.randint(0, 2**31, (20,))])
+    numbers = torch.cat([multiples + shift for shift in (-1, 0, 1)] + [torch.full_like(divisors, most)[:, None]], 1)
+    numbers = numbers.clamp(0, most)
+    divisors = divisors[:, None].expand_as(numbers).contiguous()
+    quotient, remainder = torch.empty_like(numbers), torch.empty_like(numbers)
+    lib.call("divide", [numbers.numel()], [numbers, divisors, quotient, remainder])
+    assert torch.equal(quotient, numbers // divisors) and torch.equal(remainder, numbers % divisors)
+
+
 def test_conv_of_no_examples(lib):
     got = lib.conv_moments(torch.randn(0, 4, 3, 3), torch.randn(0, 3, 5, 5), (3, 3), (1, 1), (0, 0), (1, 1), 1)
     assert all((t == 0).all() for t in got)
@@ -150,14 +164,45 @@ def test_batch_norm(lib):
     within(got, arguments, OPS["batch_norm_moments"][0], torch.float32, "batch_norm")
 
 
+def check_embedding(lib, dy, indices, rows, padding_idx=-1, **where):
+    got = lib.embedding_moments(dy, indices, rows, padding_idx, **where)
+    within(got, (dy, indices, rows, padding_idx), OPS["embedding_moments"][0], dy.dtype, "embedding")
+
+
 @every_dtype
 @pytest.mark.parametrize("padding_idx", [-1, 2])
 def test_embedding(lib, dtype, padding_idx):
-    for batch, positions, rows, width in ((4, 6, 5, 7), (2, 50, 3, 150), (1, 9, 100, 12)):
-        indices = torch.randint(rows, (batch, positions))
-        dy = randn(batch, positions, width, dtype=dtype)
-        got = lib.embedding_moments(dy, indices, rows, padding_idx)
-        within(got, (dy, indices, rows, padding_idx), OPS["embedding_moments"][0], dtype, "embedding")
+    for batch, positions, rows, width in ((4, 6, 5, 7), (2, 50, 3, 150), (1, 9, 100, 12), (7, 3, 4, 33)):
+        check_embedding(
+            lib, padded(randn(batch, positions, width, dtype=dtype)), torch.randint(rows, (batch, positions)), rows,
+            padding_idx,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_embedding_of_runs_over_several_chunks(lib, multiprocessors):
+    # Chunks of 64 positions and of 8: runs that begin and end within, at the edges of, and over many chunks; examples
+    # that go over several, and many examples in one.
+    runs = [8, 56, 1, 63, 64, 3, 5, 130, 8, 7, 1, 700]
+    sorted_rows = torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs))
+    for batch in (1, 3, 149, len(sorted_rows)):
+        indices = sorted_rows[: len(sorted_rows) // batch * batch]
+        for order in (torch.arange(len(indices)), torch.randperm(len(indices))):
+            dy = randn(batch, len(indices) // batch, 5)
+            for seed in (1, 2):
+                check_embedding(
+                    lib, dy, indices[order].view(batch, -1), len(runs), multiprocessors=multiprocessors, seed=seed
+                )
+
+
+def test_embedding_of_one_row_for_all_takes_several_rounds_of_pieces(lib):
+    indices = torch.ones(3, 300, dtype=torch.long)  # 113 chunks of 8
+    check_embedding(lib, randn(3, 300, 4), indices, 2, multiprocessors=132)
+    dy = randn(3, 300, 4)
+    lib.embedding_moments(dy, indices, 2, multiprocessors=132)
+    assert lib.workspace == 113 * 8 * 4 * 4
+    got = lib.embedding_moments(dy, indices, 2, 1, multiprocessors=132)  # the row is padding
+    assert all((t == 0).all() for t in got)
 
 
 def test_embedding_of_a_row_that_does_not_exist_fails(lib):

@@ -48,6 +48,23 @@ PX_DEVICE void store(void* data, DType dtype, int64_t index, A value) {
   }
 }
 
+// Divides numbers below 2^31 by a number from 1 on that the host knows: one multiplication.
+struct Divisor {
+  uint32_t divisor, factor, shift;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), factor(0), shift(0) {
+    while (int64_t{1} << shift < d) ++shift;
+    // 2^(31 + shift) / d, rounded up: too large by less than 2^shift / 2^31 of itself. Below 2^32,
+    // for d > 2^(shift - 1).
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+  PX_DEVICE void divide(uint32_t n, uint32_t& quotient, uint32_t& remainder) const {
+    quotient = static_cast<uint32_t>(static_cast<uint64_t>(n) * factor >> (31 + shift));
+    remainder = n - quotient * divisor;
+  }
+};
+
 // A gradient and its second moment; null where not wanted.
 struct Moments {
   void* sum;

@@ -16,19 +16,18 @@ struct Unfolded {
   const char* data;
   int64_t group_stride, b_stride, c_stride, s_stride[3];  // in bytes
   int64_t in[3];
-  int32_t out[3], kernel[3], stride[3], padding[3], dilation[3];
+  int32_t stride[3], padding[3], dilation[3];
+  Divisor out[2], kernel[2];  // the last two dimensions
+  Divisor channels;           // of a group
   int64_t columns;
-  int32_t channels;  // of a group
   int32_t taps;
   bool along_positions;
 
   PX_DEVICE const char* at(int64_t group, int64_t b, int64_t t, int64_t column) const {
-    const uint32_t position = static_cast<uint32_t>(t), i = static_cast<uint32_t>(column);
-    const uint32_t tap = i / channels, channel = i % channels;
-    const uint32_t xs = position % out[2], ys = position / out[2] % out[1],
-                   zs = position / out[2] / out[1];
-    const uint32_t kx = tap % kernel[2], ky = tap / kernel[2] % kernel[1],
-                   kz = tap / kernel[2] / kernel[1];
+    uint32_t tap, channel, xs, ys, zs, kx, ky, kz;
+    channels.divide(static_cast<uint32_t>(column), tap, channel);
+    out[1].divide(static_cast<uint32_t>(t), ys, xs), out[0].divide(ys, zs, ys);
+    kernel[1].divide(tap, ky, kx), kernel[0].divide(ky, kz, ky);
     const int64_t x = int64_t{xs} * stride[2] - padding[2] + int64_t{kx} * dilation[2];
     const int64_t y = int64_t{ys} * stride[1] - padding[1] + int64_t{ky} * dilation[1];
     const int64_t z = int64_t{zs} * stride[0] - padding[0] + int64_t{kz} * dilation[0];
@@ -38,13 +37,15 @@ struct Unfolded {
   }
   PX_DEVICE int vector_bytes(int64_t column, int) const { return column < columns ? 16 : 0; }
   PX_DEVICE int64_t result(int64_t column) const {
-    return column % channels * taps + column / channels;
+    uint32_t tap, channel;
+    channels.divide(static_cast<uint32_t>(column), tap, channel);
+    return int64_t{channel} * taps + tap;
   }
 };
 
 // Vectors must not reach over the channels of a tap.
 bool vectors(const Unfolded& x, int64_t element) {
-  bool aligned = x.c_stride == element && x.channels * element % 16 == 0 &&
+  bool aligned = x.c_stride == element && x.channels.divisor * element % 16 == 0 &&
                  reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   for (int64_t stride : {x.group_stride, x.b_stride, x.s_stride[0], x.s_stride[1], x.s_stride[2]}) {
     aligned = aligned && stride % 16 == 0;
@@ -140,9 +141,14 @@ void conv_moments(const Conv& a, const Device& device) {
     return;
   }
   constexpr int64_t kMost = int64_t{1} << 31;
-  if (positions >= kMost || out.inputs >= kMost) {
+  bool fits = positions < kMost && out.inputs < kMost;
+  for (int d = 0; d < 3; ++d) {
+    fits = fits && a.stride[d] < kMost && a.padding[d] < kMost && a.dilation[d] < kMost;
+  }
+  if (!fits) {
     throw std::runtime_error(
-        "perexample: too many positions, or weights of a channel, for one call");
+        "perexample: too many positions, weights of a channel, or too large a stride, padding or "
+        "dilation for one call");
   }
   // A linear layer in disguise: every position sees itself, and they lie evenly in x, too.
   bool linear = taps == 1 && a.groups == 1;
@@ -181,12 +187,13 @@ void conv_moments(const Conv& a, const Device& device) {
   x.c_stride = a.x_stride[1] * element;
   for (int d = 0; d < 3; ++d) {
     x.s_stride[d] = a.x_stride[d + 2] * element, x.in[d] = a.in[d];
-    x.out[d] = static_cast<int32_t>(a.out[d]), x.kernel[d] = static_cast<int32_t>(a.kernel[d]);
     x.stride[d] = static_cast<int32_t>(a.stride[d]);
     x.padding[d] = static_cast<int32_t>(a.padding[d]);
     x.dilation[d] = static_cast<int32_t>(a.dilation[d]);
   }
-  x.columns = out.inputs, x.channels = static_cast<int32_t>(channels);
+  for (int d = 0; d < 2; ++d)
+    x.out[d] = Divisor(a.out[d + 1]), x.kernel[d] = Divisor(a.kernel[d + 1]);
+  x.columns = out.inputs, x.channels = Divisor(channels);
   x.taps = static_cast<int32_t>(taps);
   x.along_positions = a.x_stride[1] != 1;
   if (a.groups > 1 && out.inputs < kFewColumns && out.outputs <= 8) {

@@ -32,37 +32,29 @@ void linear_moments_wgmma(const Linear& arguments, const Device& device) {
   const Strided x{nullptr, 0, 0, 0, 0, a.I, false};  // TMA reads; this only says where results go
   const Matrix out{{a.dw, a.dw_sq, a.grad_dtype}, a.O, a.I};
   const Moments bias{a.db, a.db_sq, a.grad_dtype};
-  // A pair of CTAs shares x, but covers 256 rows.
-  const bool pair = a.O > 128;
-  auto choose = [&](auto f16, auto with_bias) {
-    constexpr bool kF16 = decltype(f16)::value, kBias = decltype(with_bias)::value;
-    auto examples = [&](auto cluster) {
-      constexpr int kCluster = decltype(cluster)::value;
-      if (a.T <= 16) {
-        launch_wgmma<WgmmaTile<kF16, kCluster, 16, kBias>>(a, x, out, bias, device);
-      } else if (a.T <= 32) {
-        launch_wgmma<WgmmaTile<kF16, kCluster, 32, kBias>>(a, x, out, bias, device);
-      } else {
-        launch_wgmma<WgmmaTile<kF16, kCluster, 0, kBias>>(a, x, out, bias, device);
-      }
-    };
-    if (pair) {
-      examples(std::integral_constant<int, 2>{});
+  auto choose = [&](auto f16, auto cluster) {
+    constexpr bool kF16 = decltype(f16)::value;
+    constexpr int kCluster = decltype(cluster)::value;
+    if (a.T <= 16) {
+      launch_wgmma<WgmmaTile<kF16, kCluster, 16>>(a, x, out, bias, device);
+    } else if (a.T <= 32) {
+      launch_wgmma<WgmmaTile<kF16, kCluster, 32>>(a, x, out, bias, device);
     } else {
-      examples(std::integral_constant<int, 1>{});
+      launch_wgmma<WgmmaTile<kF16, kCluster, 0>>(a, x, out, bias, device);
     }
   };
-  auto dtype = [&](auto with_bias) {
+  auto dtype = [&](auto cluster) {
     if (a.dtype == DType::f16) {
-      choose(std::true_type{}, with_bias);
+      choose(std::true_type{}, cluster);
     } else {
-      choose(std::false_type{}, with_bias);
+      choose(std::false_type{}, cluster);
     }
   };
-  if (a.db != nullptr) {
-    dtype(std::true_type{});
+  // A pair of CTAs shares x, but covers 256 rows.
+  if (a.O > 128) {
+    dtype(std::integral_constant<int, 2>{});
   } else {
-    dtype(std::false_type{});
+    dtype(std::integral_constant<int, 1>{});
   }
 }
 

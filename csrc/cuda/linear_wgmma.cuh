@@ -30,10 +30,10 @@ struct WgmmaLayout {
   }
 };
 
-template <bool kF16_, int kCluster_, int kExample_, bool kBias_>
+template <bool kF16_, int kCluster_, int kExample_>
 struct WgmmaTile : WgmmaLayout<kCluster_> {
   using Layout = WgmmaLayout<kCluster_>;
-  static constexpr bool kF16 = kF16_, kBias = kBias_;
+  static constexpr bool kF16 = kF16_;
   static constexpr int kCluster = kCluster_, kExample = kExample_;
   static constexpr int kCtaRows = 128, kBlock = 64, kStages = 6;
   static constexpr int kHalfBytes = 64 * kBlock * 2;  // 64 columns of an operand
@@ -41,7 +41,7 @@ struct WgmmaTile : WgmmaLayout<kCluster_> {
   static constexpr int kCtaThreads = 384, kFetching = 128;
   // Room to align the stages to the swizzle, and two barriers a stage.
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 1024;
-  static constexpr int kBiasWarps = kBias ? 2 : 0;
+  static constexpr int kBiasWarps = 2;
 };
 
 // Descriptor of an M/N-major operand in the 128-byte swizzle: groups of 64 columns are kHalfBytes
@@ -251,8 +251,9 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
       }
     } else {
       const int positions = static_cast<int>(j.t1 - j.t0);
-      const int full_blocks = positions / Tile::kBlock;
-      const int tail_steps = (positions % Tile::kBlock + 15) / 16;
+      // Positions behind the last are zero: a tail of four steps is a block like the others.
+      const int full_blocks = (positions + 15) / Tile::kBlock;
+      const int tail_steps = (positions + 15) % Tile::kBlock / 16;
       for (int64_t b = j.b0; b < j.b1; ++b) {
         int before = -1, add = 0;
         auto committed = [&] {  // one group of products stays in flight
@@ -290,10 +291,8 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
             tail(std::integral_constant<int, 1>{});
           } else if (tail_steps == 2) {
             tail(std::integral_constant<int, 2>{});
-          } else if (tail_steps == 3) {
-            tail(std::integral_constant<int, 3>{});
           } else {
-            tail(std::integral_constant<int, 4>{});
+            tail(std::integral_constant<int, 3>{});
           }
           committed();
         }
@@ -332,7 +331,8 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
     for (int i = 0; i < Tile::kStages; ++i) {
       barrier_init(ring.full(i), 1);
       // Both multiplying warpgroups of every CTA that reads what this stage's copies write.
-      barrier_init(ring.empty(i), 2 * Tile::kCluster + Tile::kBiasWarps);
+      barrier_init(ring.empty(i),
+                   2 * Tile::kCluster + (bias.sum != nullptr ? Tile::kBiasWarps : 0));
     }
     barrier_init_fence();
   }
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
     fewer_registers<56>();
     if (threadIdx.x == 0) {
       fetch<Tile>(&dy_map, &x_map, plan, rank, base);
-    } else if (Tile::kBias && threadIdx.x >= 32 && threadIdx.x < 96) {
+    } else if (bias.sum != nullptr && threadIdx.x >= 32 && threadIdx.x < 96) {
       float* slots = reinterpret_cast<float*>(workspace +
                                               plan.slots() * slot_vectors<typename Tile::Layout>());
       add_bias<Tile>(plan, rank, base, out, bias, slots);
@@ -358,20 +358,20 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
 }
 
 // Adds the bias' slots of the tiles of column 0, like `add_slots`.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kRows)
+template <int kRows>
+__global__ void __launch_bounds__(kRows)
     add_bias_slots(const float* slots, const Plan plan, const int64_t outputs, const Moments bias) {
   const int64_t per_tile = plan.parts * plan.chunks;
   const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
-  const int64_t row = j.row * Tile::kRows + threadIdx.x;
+  const int64_t row = j.row * kRows + threadIdx.x;
   if (j.column != 0 || row >= outputs) return;
-  const float* slot = slots + blockIdx.x * per_tile * 2 * Tile::kRows + threadIdx.x;
+  const float* slot = slots + blockIdx.x * per_tile * 2 * kRows + threadIdx.x;
   float g = 0, s = 0;
   for (int64_t part = 0; part < plan.parts; ++part) {
     float G = 0;
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * Tile::kRows) {
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kRows) {
       G += slot[0];
-      if (plan.chunks == 1) s += slot[Tile::kRows];
+      if (plan.chunks == 1) s += slot[kRows];
     }
     g += G;
     if (plan.chunks > 1) s = fmaf(G, G, s);
@@ -395,18 +395,18 @@ void launch_wgmma(const Linear& a, const Strided& x, const Matrix& out, const Mo
   if (p.slots() > 0) {
     workspace =
         device.allocate(device.ctx, p.slots() * (slot_vectors<typename Tile::Layout>() * 16 +
-                                                 (Tile::kBias ? 8 * Tile::kRows : 0)));
+                                                 (bias.sum != nullptr ? 8 * Tile::kRows : 0)));
   }
   launch(wgmma_moments<Tile>,
          {p.ctas * Tile::kCluster, Tile::kCtaThreads, Tile::kSharedBytes, Tile::kCluster},
          device.stream, map(a.dy, a.dy_stride, a.O), map(a.x, a.x_stride, a.I), x, p, out, bias,
          static_cast<float4*>(workspace));
   launch_add_slots<typename Tile::Layout>(workspace, p, out, x, device);
-  if constexpr (Tile::kBias) {
+  if (bias.sum != nullptr) {
     const float* slots = static_cast<const float*>(workspace) +
                          p.slots() * slot_vectors<typename Tile::Layout>() * 4;
-    launch(add_bias_slots<Tile>, {p.tiles() - p.whole, Tile::kRows}, device.stream, slots, p, a.O,
-           bias);
+    launch(add_bias_slots<Tile::kRows>, {p.tiles() - p.whole, Tile::kRows}, device.stream, slots, p,
+           a.O, bias);
   }
 }
 

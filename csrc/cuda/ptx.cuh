@@ -39,6 +39,10 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
             const Arguments&... arguments) {
   if (grid.ctas == 0) return;
+  if (grid.ctas >= int64_t{1} << 31) {
+    throw std::runtime_error("perexample: too large for one launch: " + std::to_string(grid.ctas) +
+                             " CTAs");
+  }
   if (grid.shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -247,6 +247,7 @@ struct Grid {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, void*, const Arguments&... arguments) {
+  if (grid.ctas >= int64_t{1} << 31) throw std::runtime_error("too large for one launch");
   gridDim.x = static_cast<unsigned>(grid.ctas);
   const int64_t clusters = grid.ctas / grid.cluster, backwards = emulation::random() % 2;
   for (int64_t i = 0; i < clusters; ++i) {

@@ -9,9 +9,9 @@ void linear_moments(const Linear& a, bool, const Device& device) {
   const Matrix out{{a.dw, a.dw_sq, a.grad_dtype}, a.O, a.I};
   const Moments bias{a.db, a.db_sq, a.grad_dtype};
   if (a.T <= 16) {
-    launch_wgmma<WgmmaTile<false, 2, 16, true>>(a, x, out, bias, device);
+    launch_wgmma<WgmmaTile<false, 2, 16>>(a, x, out, bias, device);
   } else {
-    launch_wgmma<WgmmaTile<false, 2, 0, true>>(a, x, out, bias, device);
+    launch_wgmma<WgmmaTile<false, 2, 0>>(a, x, out, bias, device);
   }
 }
 

@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "common.cuh"
 #include "emulation.h"
-#include "kernels.h"
 
 namespace {
 
@@ -121,6 +121,16 @@ extern "C" PX_EXPORT const char* px_call(const char* op, const int64_t* integers
       }
       o.guard_rounds = n();
       optimizer_step(o, device);
+    } else if (is("divide")) {
+      const int64_t count = n();
+      const auto *numbers = static_cast<const int64_t*>(p()),
+                 *divisors = static_cast<const int64_t*>(p());
+      auto *quotient = static_cast<int64_t*>(p()), *remainder = static_cast<int64_t*>(p());
+      for (int64_t i = 0; i < count; ++i) {
+        uint32_t whole, rest;
+        Divisor(divisors[i]).divide(static_cast<uint32_t>(numbers[i]), whole, rest);
+        quotient[i] = whole, remainder[i] = rest;
+      }
     } else {
       throw std::runtime_error("no such op");
     }
