@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/tf32.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_info, m) {
       "The CPU capability whose kernels serve the ops.");
   m.def("capabilities", &capabilities, "What was compiled in and this machine can run, best last.");
   m.def("build", &build, "How the kernels were built.");
+  m.def("tf32_allowed", &perexample::tf32_allowed,
+        "Whether linear_moments of float32 on CUDA may round products to TF32, as torch is set.");
   m.def("plan", &plan, "How the CUDA kernels would cut a product into jobs.",
         pybind11::arg("groups"), pybind11::arg("outputs"), pybind11::arg("inputs"),
         pybind11::arg("tile_rows"), pybind11::arg("tile_columns"), pybind11::arg("batch"),

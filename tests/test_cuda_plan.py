@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,3 +87,19 @@ def test_neighbouring_jobs_share_operands():
     jobs = plan(8192, 8192, 8, 512)["jobs"][:H100]
     assert len({job[1] for job in jobs}) == 8
     assert len({job[2] for job in jobs}) == 17
+
+
+def test_tf32_is_taken_where_the_user_of_torch_allows_it():
+    # The kernels ask torch by a name of its C++ library: where that changes, this fails.
+    matmul, other = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision, other.fp32_precision
+    try:
+        for precision, allowed in (("ieee", False), ("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = precision
+            assert INFO.tf32_allowed() is allowed
+        for precision, allowed in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            assert INFO.tf32_allowed() is allowed
+    finally:
+        matmul.fp32_precision, other.fp32_precision = before
+    assert not INFO.tf32_allowed()

@@ -1,4 +1,5 @@
 #include "cuda.h"
+#include "tf32.h"
 
 namespace perexample {
 namespace {
@@ -23,7 +24,7 @@ Four linear_moments(const Tensor dy, const Tensor x, bool bias, std::optional<Sc
   a.dw = weight.sum_data(), a.dw_sq = weight.sum_sq_data();
   a.db = column.sum_data(), a.db_sq = column.sum_sq_data();
   if (where.on_cuda()) {
-    cuda::linear_moments(a, false, OnCuda(where));
+    cuda::linear_moments(a, tf32_allowed(), OnCuda(where));
   } else {
     cpu::kernels().linear_moments(a, parallel());
   }
