@@ -13,7 +13,7 @@ from perexample.testing import assert_within_budget
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import emulated
-from emulated import check, guarded, padded, wide
+from emulated import check, guarded, padded, wide, within
 
 pytestmark = pytest.mark.skipif(not emulated.CXX, reason="no C++ compiler")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -97,18 +97,6 @@ def test_division_by_multiplication(lib):
 def test_conv_of_no_examples(lib):
     got = lib.conv_moments(torch.randn(0, 4, 3, 3), torch.randn(0, 3, 5, 5), (3, 3), (1, 1), (0, 0), (1, 1), 1)
     assert all((t == 0).all() for t in got)
-
-
-def within(got, arguments, reference, dtype, what):
-    """Hold all outputs to the reference in float64; its own error in the accumulation's dtype is the budget."""
-
-    def cast(d):
-        return [a.to(d) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-
-    expected, stock = reference(*cast(torch.float64)), reference(*cast(wide(dtype)))
-    for i, (g, e, s) in enumerate(zip(got, expected, stock, strict=True)):
-        rounding = max((g.dtype, wide(dtype)), key=lambda d: torch.finfo(d).eps)
-        assert_within_budget(g, e, s, rounding, f"{what} {i}")
 
 
 @every_dtype

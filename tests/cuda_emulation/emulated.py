@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class Emulated:
     """The launchers of one library. `workspace`: bytes that the last call asked for."""
 
     def __init__(self, library: Path) -> None:
-        self._call = ctypes.CDLL(str(library)).px_call
+        self._library = ctypes.CDLL(str(library))
+        self._call = self._library.px_call
         self._call.restype = ctypes.c_char_p
         self.workspace = 0
 
@@ -79,6 +80,10 @@ class Emulated:
         if error is not None:
             raise RuntimeError(error.decode())
         self.workspace = workspace.value
+
+    def mutate(self, number: int) -> None:
+        """Chooses one of the mutants of the library."""
+        self._library.px_mutate(number)
 
     def linear_moments(self, dy: Tensor, x: Tensor, bias=False, dtype=None, tf32=False, **where):
         (batch, positions, outputs), inputs, dtype = dy.shape, x.shape[2], dtype or dy.dtype
@@ -241,6 +246,18 @@ def check(actual, contribution, batch, shape, dtype, grad_dtype=None, what="weig
         assert_within_budget(got, want, own, rounding, what)
 
 
+def within(got, arguments, reference, dtype, what):
+    """Hold all outputs to the reference in float64; its own error in the accumulation's dtype is the budget."""
+
+    def cast(d):
+        return [a.to(d) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+    expected, stock = reference(*cast(torch.float64)), reference(*cast(wide(dtype)))
+    for i, (g, e, s) in enumerate(zip(got, expected, stock, strict=True)):
+        rounding = max((g.dtype, wide(dtype)), key=lambda d: torch.finfo(d).eps)
+        assert_within_budget(g, e, s, rounding, f"{what} {i}")
+
+
 def check_linear(lib: Emulated, dy: Tensor, x: Tensor, bias=True, dtype=None, precision=None, **where) -> None:
     got = lib.linear_moments(dy, x, bias, dtype, **where)
     shape = (dy.shape[2], x.shape[2])
@@ -277,21 +294,30 @@ def mutant_cases(lib: Emulated, few: str, seed: int) -> None:
                 check_linear(lib, dy, x, few == "few_wgmma", multiprocessors=multiprocessors, seed=seed)
 
 
-def in_child(library: str, few: str) -> int:
-    """Exit status of the cases on a library, in a process of its own: it may crash."""
+def in_child(cases: Callable[[], None]) -> int:
+    """Exit status of the cases in a process of their own: they may crash. 3: a check failed."""
     child = os.fork()
     if child == 0:
         try:
-            for seed in (1, 2, 3):
-                mutant_cases(Emulated(Path(library)), few, seed)
+            cases()
             status = 0
         except (AssertionError, RuntimeError) as error:
-            print(library, error, flush=True)
+            print(error, flush=True)
             status = 3
         os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def on_library(library: str, few: str) -> int:
+    """How the mutants' cases end on a library."""
+
+    def cases() -> None:
+        for seed in (1, 2, 3):
+            mutant_cases(Emulated(Path(library)), few, seed)
+
+    return in_child(cases)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(*(in_child(library, sys.argv[1]) for library in sys.argv[2:]))
+    print(*(on_library(library, sys.argv[1]) for library in sys.argv[2:]))
