@@ -1,6 +1,7 @@
 """Ops, layers and models on every device there is, against the oracle in float64 on the CPU.
 
-On the CPU this repeats, on few cases, what other files test in full; the rows for cuda run where a GPU is.
+On the CPU this repeats, on few cases, what other files test in full; the rows for cuda run where a GPU is. All cases of
+the ops and of the layers run there with PEREXAMPLE_TEST_DEVICE=cuda (tests/on_device.py).
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def check_layer(device, layer, x, dtype):
     model = px.convert(nn.Sequential(copy.deepcopy(layer))).to(device)
     weighted_sum(model(x.to(device)), target.to(device)).backward()
     named = ({f"0.{name}": moments for name, moments in of.items()} for of in (expected, stock))
-    assert_moments(model.cpu(), *named)
+    assert_moments(model, *named)  # not moved: that would drop the second moments
 
 
 def small_gpt():
@@ -150,7 +151,7 @@ def test_model(device, dtype):
     expected, stock = (oracle(model, cross_entropy, x, y, dtype=d) for d in (torch.float64, dtype))
     converted = px.convert(copy.deepcopy(model)).to(device)
     cross_entropy(converted(x.to(device)), y.to(device)).backward()
-    assert_moments(converted.cpu(), expected, stock)
+    assert_moments(converted, expected, stock)
 
 
 def step_arguments(sizes=((7, 9), (64,), (9001,), ())):
@@ -196,16 +197,65 @@ def test_the_same_bits_in_twenty_runs(gpu, dtype, shape):
             assert torch.equal(a, b)
 
 
-def test_the_same_bits_in_twenty_runs_of_a_model(gpu):
-    model = px.convert(small_gpt()).to(gpu)
-    x, y = torch.randint(23, (5, 17), device=gpu), torch.randint(23, (5, 17), device=gpu)
+class SmallConvNet(nn.Sequential):
+    """Convolutions of every kind (dense, grouped, depthwise, 1×1, strided), and norms."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(),
+            nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 3, 2, groups=3), nn.Flatten(), nn.LayerNorm(24 * 25),
+            nn.Linear(24 * 25, 10),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("which", ["gpt", "convolutions"])
+def test_the_same_bits_in_twenty_runs_of_a_model(gpu, which, dtype, channels_last):
+    if which == "gpt":
+        model, x, y = small_gpt(), torch.randint(23, (5, 17), device=gpu), torch.randint(23, (5, 17), device=gpu)
+    else:
+        model, y = SmallConvNet(), torch.randint(10, (8,), device=gpu)
+        x = torch.randn(8, 3, 14, 14, device=gpu, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+    model = px.convert(model).to(gpu, dtype)
     runs = []
-    for _ in range(20):
-        model.zero_grad()
-        cross_entropy(model(x), y).backward()
-        runs.append([p.sum_grad_squared.clone() for p in model.parameters()])
+    torch.backends.cudnn.deterministic = True  # the gradients that are PyTorch's own
+    try:
+        for _ in range(20):
+            model.zero_grad()
+            cross_entropy(model(x), y).backward()
+            runs.append([p.sum_grad_squared.clone() for p in model.parameters()])
+    finally:
+        torch.backends.cudnn.deterministic = False
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_long_run_of_one_row_of_an_embedding(gpu):
+    # Position by position, and over many chunks; a row that no position has stays zero.
+    indices = torch.zeros(16, 1000, dtype=torch.long)
+    indices[:, ::3] = 2
+    dy = torch.randn(16, 1000, 300)
+    got = ops.embedding_moments(dy.to(gpu), indices.to(gpu), 4)
+    expected, stock = (OPS["embedding_moments"][0](dy.to(d), indices, 4) for d in (torch.float64, torch.float32))
+    for g, e, s in zip(got, expected, stock, strict=True):
+        assert_within_budget(g.cpu(), e, s, torch.float32, "embedding")
+
+
+@pytest.mark.parametrize("positions", [1, 20])
+def test_tf32_only_where_it_is_allowed(gpu, positions):
+    dy, x = torch.randn(64, positions, 96), torch.randn(64, positions, 80)
+    expected = OPS["linear_moments"][0](dy.double(), x.double(), False)[1]
+    before, errors = torch.backends.cuda.matmul.fp32_precision, {}
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            got = ops.linear_moments(dy.to(gpu), x.to(gpu))[1]
+            errors[precision] = float((got.cpu() - expected).abs().max() / expected.abs().max())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-2
 
 
 def test_another_stream_gives_the_same(gpu):
@@ -227,6 +277,18 @@ def test_another_device_than_the_current_one(gpu):
     got = ops.linear_moments(dy, x)
     assert got[0].device == dy.device and torch.cuda.current_device() == 0
     torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-4, atol=1e-4)
+    check_layer("cuda:1", nn.LayerNorm(40), torch.randn(6, 5, 40), torch.float32)
+    check_layer("cuda:1", nn.Conv2d(8, 16, 3), torch.randn(6, 8, 9, 9), torch.float32)
+    check_layer("cuda:1", nn.Embedding(9, 40), torch.randint(9, (6, 50)), torch.float32)
+    arguments = step_arguments()
+    options = dict(n_g=20.0, n_s=100.0, eps=1e-3, weight_decay=0.1)
+    scalars = dict(batch_size=torch.tensor(6.0), lr=torch.tensor(1e-3))
+    there, here = moved(arguments, "cuda:1"), moved(arguments, "cpu")
+    ops.optimizer_step_(*there, **options, **{k: v.to("cuda:1") for k, v in scalars.items()})
+    ops.optimizer_step_(*here, **options, **scalars)
+    for a, b in zip(there[0], here[0], strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+    assert torch.cuda.current_device() == 0
 
 
 def test_more_than_two_to_the_31_elements(gpu):
@@ -237,6 +299,12 @@ def test_more_than_two_to_the_31_elements(gpu):
     assert total.eq(3).all() and squares.eq(3).all()
     dy = torch.ones(2, 1 << 20, 1100, device=gpu, dtype=torch.bfloat16)
     assert ops.bias_moments(dy, torch.float32)[1].eq(2.0 * (1 << 40)).all()
+    assert ops.linear_moments(dy, dy[:, :, :64])[1].eq(2.0 * (1 << 40)).all()
+    assert (
+        ops.embedding_moments(dy, torch.ones(2, 1 << 20, dtype=torch.long, device=gpu), 3)[1][1]
+        .eq(2.0 * (1 << 40))
+        .all()
+    )
 
 
 def test_a_captured_training_step_is_the_eager_one(gpu):

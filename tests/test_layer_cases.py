@@ -9,6 +9,7 @@ import zlib
 import pytest
 import torch
 from models import weighted_sum
+from on_device import DEVICE, moved
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -97,9 +98,14 @@ def check(model, inputs, target, loss_fn=weighted_sum):
         ("ours", px.convert(copy.deepcopy(model)), dtype),
     ):
         leaves = [x.to(d).detach().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+        target_there = target.to(d)
+        if DEVICE and which == "ours":
+            module, target_there = module.to(DEVICE), target_there.to(DEVICE)
+            leaves = [moved(leaf.detach()).requires_grad_(leaf.requires_grad) for leaf in leaves]
         y = module(*leaves)
-        loss_fn(y, target.to(d)).backward()
-        results[which] = module, [y.detach(), *(leaf.grad for leaf in leaves if leaf.is_floating_point())]
+        loss_fn(y, target_there).backward()
+        grads = [leaf.grad if leaf.grad is None else leaf.grad.cpu() for leaf in leaves if leaf.is_floating_point()]
+        results[which] = module, [y.detach().cpu(), *grads]
     if dtype == torch.float64:
         # Nothing is more exact here; PyTorch's own rounding error, which scales with eps, is read off in float32.
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
@@ -181,7 +187,7 @@ class TestMemory:
         model, inputs, target = build(case, dtype)
         inputs = [x.detach()[:1].expand_as(x).requires_grad_(x.requires_grad) for x in inputs]
         row = target[0]
-        check(model, inputs, target, loss_fn=lambda output, _: (output.sum(0) * row.to(output.dtype)).sum())
+        check(model, inputs, target, loss_fn=lambda output, _: (output.sum(0) * row.to(output)).sum())
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

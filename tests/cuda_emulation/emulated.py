@@ -25,16 +25,16 @@ from perexample.testing import assert_within_budget, moments_of_examples
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc/cuda"
 CXX = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-DPEREXAMPLE_EMULATION"]
+FLAGS = ["-std=c++20", "-fPIC", "-w", "-DPEREXAMPLE_EMULATION"]
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GUARD = 64  # elements behind every output that must stay as they are
 
 
-def compile(source: Path, out: Path, sources: Path = SOURCES) -> Path:
+def compile(source: Path, out: Path, sources: Path = SOURCES, optimize: str = "-O1") -> Path:
     """An object file below the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{source.stem}.o"
-    command = [*CXX, *FLAGS, f"-I{HERE}", f"-I{sources}", "-x", "c++", "-c", str(source), "-o", str(target)]
+    command = [*CXX, *FLAGS, optimize, f"-I{HERE}", f"-I{sources}", "-x", "c++", "-c", str(source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-5000:]
     return target

@@ -135,7 +135,7 @@ def build(out: Path, whole: Path, map: Callable = map) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name, text in units.items():
         (out / f"{name}.cpp").write_text(text)
-    objects = list(map(lambda name: compile(out / f"{name}.cpp", out), units))
+    objects = list(map(lambda name: compile(out / f"{name}.cpp", out, optimize="-O0"), units))
     others = [whole / f"{name}.o" for name in ("linear", "linear_wgmma", "plan", "shim")]
     return link([*objects, *others], out / "mutants.so")
 
@@ -192,7 +192,7 @@ def optimizer_cases(lib: Emulated, seed: int) -> None:
     rows = [torch.randn(6, *size) for size in sizes]
     params, grads, sums = ([f(c) for c in rows] for f in (lambda c: c[0], lambda c: c.sum(0), lambda c: (c * c).sum(0)))
     average = torch.randn(state_starts(params)[-1])
-    seen, flags = torch.full((3,), 500.0, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
+    seen, flags = torch.tensor([5.0, 500.0, 500.0], dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
     state = [params, grads, sums, average, average.square() + 0.1, seen, flags]
     scalars = {"batch_size": torch.tensor(6.0), "lr": torch.tensor(1e-3), "grad_scale": torch.tensor(4.0)}
     options = {"n_g": 20.0, "n_s": 100.0, "eps": 1e-8, "weight_decay": 0.1, "guard_rounds": 0, **scalars}

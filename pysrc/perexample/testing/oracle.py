@@ -137,8 +137,8 @@ def assert_moments(model: nn.Module, expected: dict[str, Moments], stock: dict[s
     """Raise AssertionError unless ``p.grad`` and ``p.sum_grad_squared`` of every parameter are within the budget.
 
     Args:
-        model: converted, after backward.
-        expected: from `oracle`.
+        model: converted, after backward; on any device.
+        expected: from `oracle`, on the CPU.
         stock: from `oracle` in the model's own dtype; `expected` where the model is float64.
     """
     stock = expected if stock is None else stock
@@ -152,9 +152,9 @@ def assert_moments(model: nn.Module, expected: dict[str, Moments], stock: dict[s
             square = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
         if square.dtype != accumulate_dtype(p.dtype):
             raise AssertionError(f"{name}: sum_grad_squared must be {accumulate_dtype(p.dtype)}, got {square.dtype}")
-        assert_within_budget(grad, expected[name].grad, stock[name].grad, p.dtype, f"{name}.grad")
+        assert_within_budget(grad.cpu(), expected[name].grad, stock[name].grad, p.dtype, f"{name}.grad")
         assert_within_budget(
-            square,
+            square.cpu(),
             expected[name].sum_grad_squared,
             stock[name].sum_grad_squared,
             accumulate_dtype(p.dtype),
