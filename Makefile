@@ -34,7 +34,7 @@ bench: build
 
 gpu: build
 	cd $(ROOT) && $(PY) -m perexample
-	cd $(ROOT) && $(PY) -m bench.gpu tests
+	cd $(ROOT) && for part in tests ops layers; do $(PY) -m bench.gpu $$part; done
 
 lint: build
 	cd $(ROOT) && $(PY) -m ruff check .

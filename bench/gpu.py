@@ -1,6 +1,8 @@
 """What is to be run on a GPU: tests, sanitizer, tables of kernels and whole steps, memory. `python -m bench.gpu`.
 
     python -m bench.gpu tests       ops, layers and models on cuda (bitwise determinism and graph capture among them)
+    python -m bench.gpu ops         all cases of the tests of the ops, on cuda
+    python -m bench.gpu layers      all cases of the tests of the layers, on cuda
     python -m bench.gpu sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on few tests
     python -m bench.gpu linear      both moments ÷ cuBLAS's weight gradient, and the floors of bytes and operations
     python -m bench.gpu optimizer   the fused step ÷ torch's fused AdamW, and the floor of bytes
@@ -40,6 +42,9 @@ from .models import GPT
 
 ROOT = Path(__file__).parents[1]
 TESTS = "tests/test_devices.py"
+# Not: messages that name the CPU, opcheck and the report of what serves the CPU.
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("linear", "conv", "embedding", "norm", "reduce", "optimizer")]
+LAYER_TESTS = ["tests/test_layer_cases.py", "-k", "oracle_moments or frozen or Memory"]
 SMALL = "cuda and (linear or conv or norm or embedding or step) and not real_sizes and not captured and not elements"
 BF16 = torch.bfloat16
 # (O, I, B, T): the shapes of the cost model and of GPT-2
@@ -364,7 +369,7 @@ def one(outputs: int, inputs: int, batch: int, positions: int) -> None:
 
 def arguments() -> Iterator[tuple[str, dict[str, Any]]]:
     """The subcommands, and what more they take."""
-    yield from ((name, {}) for name in ("tests", "sanitize", "linear", "optimizer", "ncu"))
+    yield from ((name, {}) for name in ("tests", "ops", "layers", "sanitize", "linear", "optimizer", "ncu"))
     yield (
         "step",
         {"--models": {"nargs": "+", "choices": list(MODELS), "default": list(MODELS)}}
@@ -396,6 +401,10 @@ def main() -> None:
         sys.exit("bench.gpu: no GPU here")
     if chosen.command == "tests":
         run(sys.executable, "-m", "pytest", "-q", TESTS)
+    elif chosen.command in ("ops", "layers"):
+        os.environ |= {"PEREXAMPLE_TEST_DEVICE": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        tests = {"ops": [*OP_TESTS, "-k", "not errors_say"], "layers": LAYER_TESTS}[chosen.command]
+        run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     elif chosen.command == "step":
         step(chosen.models, chosen.modes)
     elif chosen.command == "one":

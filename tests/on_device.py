@@ -38,7 +38,8 @@ def on_device(function, in_place=False, device=DEVICE):
         result = function(*arguments, **keywords)
         if in_place:
             for tensor, there in sent:
-                tensor.detach().copy_(there)
+                if 0 not in tensor.stride():  # an expanded one is only read
+                    tensor.detach().copy_(there)
         return tree_map_only(Tensor, Tensor.cpu, result)
 
     return call

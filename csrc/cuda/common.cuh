@@ -163,7 +163,7 @@ constexpr int kAddThreads = 256;
 // Adds the slots of every cut tile: over parts, and where examples are cut first over the chunks of
 // one example, whose sum is then squared.
 template <class Layout, class X>
-__global__ void __launch_bounds__(kAddThreads)
+__global__ void __launch_bounds__(kAddThreads, 4)
     add_slots(const float4* workspace, const Plan plan, const Matrix out, const X x) {
   constexpr int64_t kHalf = slot_vectors<Layout>() / 2;
   constexpr int64_t kCtas = (kHalf + kAddThreads - 1) / kAddThreads;  // of a tile

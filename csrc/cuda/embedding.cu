@@ -33,7 +33,7 @@ struct Piece {
 
 // CTA (chunk, columns).
 template <class T>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 4 : 8)
     embedding_chunks(const Embedding a, const int64_t* rows, const int64_t* order,
                      const int64_t chunk, const int64_t across, const Moments out, Wide<T>* slots) {
   using A = Wide<T>;

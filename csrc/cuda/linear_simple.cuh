@@ -12,7 +12,7 @@ constexpr int kSimpleTile = 32, kSimpleBlock = 16, kSimpleThreads = 256;
 
 // One CTA a tile of 32×32; a thread has four rows of one column.
 template <class X>
-__global__ void __launch_bounds__(kSimpleThreads)
+__global__ void __launch_bounds__(kSimpleThreads, 2)
     simple_moments(const Strided dy, const X x, const int64_t batch, const int64_t positions,
                    const Matrix out) {
   __shared__ double block_dy[kSimpleBlock][kSimpleTile], block_x[kSimpleBlock][kSimpleTile];
