@@ -117,7 +117,7 @@ KERNELS = {
     "reorder": (64, [("LDG",)]),
     "layer_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
     "group_norm": (128, [("LDG",), ("SHFL",), ("BAR",)]),
-    "embedding_chunks": (64, [("LDG",), ("BAR",)]),
+    "embedding_chunks": (128, [("LDG",), ("BAR",)]),
     "embedding_join": (64, [("LDG",), ("BAR",)]),
     "step_batch": (128, [("LDG",), ("STG",), ("MUFU",)]),
     "count_examples": (64, [("DADD",)]),
