@@ -53,7 +53,7 @@ def loop_case(layer, *shapes, batch=4):
 def check(model, x, y, loss_fn=weighted_sum, reduction="sum"):
     expected = oracle(model, loss_fn, x, y, reduction=reduction)
     model.zero_grad()
-    loss_fn(model(x), y).backward()
+    loss_fn(model(*x) if isinstance(x, tuple) else model(x), y).backward()
     assert_moments(model, expected)
     assert all(not m.waiting for ref in model._examples.moments if (m := ref()) is not None)
 
@@ -68,24 +68,89 @@ LOOPS = {
     "RMSNorm": (lambda: nn.RMSNorm(3), (3,), (4, 3)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 5), (4, 3, 2)),
     "InstanceNorm": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 5), (4, 3)),
-    "LSTMCell": (lambda: Cell(), (3, 3), (2, 3)),
+    "LSTMCell": (lambda: Cell(nn.LSTMCell), (3, 3), (2, 3)),
+    "GRUCell": (lambda: Cell(nn.GRUCell), (3, 3), (2, 3)),
+    "RNNCell": (lambda: Cell(nn.RNNCell, bias=False), (3, 3), (2, 3)),
+    "PReLU": (lambda: nn.PReLU(), (3,), (4, 3), (2, 1, 3)),
+    "PReLU of channels": (lambda: nn.PReLU(3), (3,), (3, 4), (3, 2, 2)),
+    "Bilinear": (lambda: Pair(), (3,), (4, 3), (2, 1, 3)),
+    "Bilinear without bias": (lambda: Pair(bias=False), (3,), (3,)),
+    "LSTM": (lambda: First(nn.LSTM(3, 2, batch_first=True)), (3, 3), (2, 3)),
+    "LSTM of all kinds": (
+        lambda: First(nn.LSTM(3, 3, num_layers=2, bidirectional=True, proj_size=2, batch_first=True)),
+        (3, 3),
+        (2, 3),
+    ),
+    "GRU": (lambda: First(nn.GRU(3, 2, num_layers=2, batch_first=True)), (3, 3), (2, 3)),
+    "RNN": (lambda: First(nn.RNN(3, 2, bias=False, batch_first=True)), (3, 3), (1, 3), (2, 3)),
+    "MultiheadAttention to itself": (lambda: Attention(), (3, 4), (2, 4)),
+    "MultiheadAttention to others": (lambda: Attention(memory=True), (3, 4), (2, 4)),
+    "MultiheadAttention of all kinds": (
+        lambda: Attention(memory=True, both=True, add_bias_kv=True, add_zero_attn=True),
+        (3, 4),
+        (2, 4),
+    ),
+    "MultiheadAttention of other widths": (lambda: Attention(memory=True, kdim=3, vdim=2, bias=False), (3, 4), (2, 4)),
 }
+
+
+class First(nn.Module):
+    """All that a recurrent layer returns."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y, states = self.layer(x)
+        states = states if isinstance(states, tuple) else (states,)
+        return torch.cat([y.flatten(1), *(s.transpose(0, 1).flatten(1) for s in states)], 1)
+
+
+class Pair(nn.Module):
+    """A bilinear layer. x (B, ..., 3)."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.layer = nn.Bilinear(3, 2, 2, bias=bias)
+
+    def forward(self, x):
+        return self.layer(x, x[..., :2].cos())
+
+
+class Attention(nn.Module):
+    """Attention to the input, to something else, or first to one and then to the other. x (B, T, 4)."""
+
+    def __init__(self, memory=False, both=False, **keywords):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(4, 2, batch_first=True, **keywords)
+        self.memory, self.both = memory, both
+
+    def forward(self, x):
+        y = x
+        if self.both or not self.memory:
+            y, _ = self.layer(x, x, x, need_weights=False)
+        if self.memory:
+            key, value = x.cos()[..., : self.layer.kdim], x.sin()[..., : self.layer.vdim]
+            y, _ = self.layer(y, key, value)
+        return y
 
 
 class Cell(nn.Module):
     """A recurrent cell in a loop. x (B, T, 3)."""
 
-    def __init__(self):
+    def __init__(self, kind, **keywords):
         super().__init__()
-        self.cell = nn.LSTMCell(3, 2)
+        self.cell = kind(3, 2, **keywords)
 
     def forward(self, x):
         state = None
         for t in range(x.shape[1]):
             state = self.cell(x[:, t], state)
-        return state[0]
+        return state[0] if isinstance(state, tuple) else state
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("which", LOOPS)
 @pytest.mark.parametrize("batch", [4, 1, 0])
 def test_a_layer_called_several_times(which, batch):
@@ -163,6 +228,69 @@ def test_a_weight_shared_with_a_module_of_the_fallback():
 
     torch.manual_seed(0)
     check(px.convert(Net().double()), randn(3, 2, 4), randn(3, 2, 4, seed=1))
+
+
+class Bags(nn.Module):
+    """Three bags of one table, the last one weighted, beside what `partner` does with that table. indices (B, 9)."""
+
+    def __init__(self, mode, partner=None, padding_idx=None):
+        super().__init__()
+        self.bag, self.partner = nn.EmbeddingBag(7, 3, mode=mode, padding_idx=padding_idx), None
+        if partner is not None:
+            self.partner = nn.Embedding(7, 3) if partner == "look-up" else nn.Linear(3, 7)
+            self.partner.weight = self.bag.weight
+
+    def forward(self, indices, lengths):
+        first, second = indices[:, :3], indices[:, 3:]
+        inside = torch.arange(6) < lengths[:, None]  # some bags are empty
+        offsets = lengths.cumsum(0) - lengths
+        h = self.bag(first) + 2 * self.bag(second[inside], offsets)
+        if self.bag.mode == "sum":
+            h = h + self.bag(first, per_sample_weights=first.to(h.dtype).sin())
+        if isinstance(self.partner, nn.Linear):
+            return torch.cat([h, self.partner(h.sin())], 1)
+        return h if self.partner is None else h + self.partner(second).sin().sum(1)
+
+
+@pytest.mark.parametrize("batch", [5, 0])
+@pytest.mark.parametrize("partner", [None, "look-up", "head"])
+@pytest.mark.parametrize(("mode", "padding_idx"), [("sum", None), ("sum", 2), ("mean", 6), ("max", None), ("max", 2)])
+def test_bags_of_one_table(mode, padding_idx, partner, batch):
+    torch.manual_seed(0)
+    model = px.convert(Bags(mode, partner, padding_idx).double())
+    nn.init.normal_(model.bag.weight)
+    inputs = torch.randint(0, 7, (batch, 9)), torch.randint(0, 7, (batch,))
+    check(model, inputs, randn(*model(*inputs).shape, seed=1))
+
+
+def test_one_activation_and_one_attention_throughout_a_net():
+    class Net(nn.Module):
+        """x (B, C, T)."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Conv1d(2, 4, 3), nn.Linear(3, 4), nn.PReLU()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.out = nn.Linear(4, 4)
+            self.out.weight = self.attention.out_proj.weight
+            self.twin = nn.Linear(4, 12)
+            self.twin.weight = self.attention.in_proj_weight
+
+        def forward(self, x):
+            h = self.act(self.b(self.act(self.a(x))))
+            h, _ = self.attention(h, h.sin(), h.cos())
+            return self.twin(self.act(self.out(h)))
+
+    torch.manual_seed(0)
+    model = px.convert(Net().double())
+    check(model, randn(3, 2, 5), randn(3, 4, 12, seed=1))
+    stock = Net()
+    stock.load_state_dict(model.state_dict())
+    twin = px.convert(stock.bfloat16())
+    x, y = randn(3, 2, 5, dtype=torch.bfloat16), randn(3, 4, 12, seed=1, dtype=torch.bfloat16)
+    exact, rounded = (oracle(twin, weighted_sum, x, y, reduction="sum", dtype=d) for d in (torch.float64, x.dtype))
+    backward(twin, x, target=y, loss_fn=weighted_sum)
+    assert_moments(twin, exact, rounded)
 
 
 def test_two_passes_before_one_backward_are_separate_examples():

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from ..moments.uses import Call
+from ..ops._library import accumulate_dtype
 
-__all__ = ["add_uses", "autocast", "call_of", "check_dtype", "one_use", "ops", "rows"]
+__all__ = [
+    "add_small",
+    "add_uses",
+    "autocast",
+    "call_of",
+    "check_dtype",
+    "one_use",
+    "ops",
+    "rows",
+    "sum_positions",
+]
 
 ops = torch.ops.perexample
 
@@ -72,6 +83,22 @@ def add_uses(
     """
     uses = None if call is None or sum_sq is None else call.shared(which)
     return sum_sq if uses is None or sum_sq is None else uses.add_slices(grad, tensors, sum_sq)
+
+
+def add_small(call: Call | None, which: int, sum_sq: Tensor | None, grads: Callable[[], Tensor]) -> Tensor | None:
+    """As `add_uses`, for a parameter that is no larger than the activations of an example.
+
+    `grads` returns the gradients of all examples, (B, O).
+    """
+    uses = None if call is None or sum_sq is None else call.shared(which)
+    if call is None or uses is None or sum_sq is None:
+        return sum_sq
+    return uses.add_small(grads(), sum_sq, call.begins[which])
+
+
+def sum_positions(dy: Tensor) -> Tensor:
+    """(B, T, O) -> (B, O), the gradients of a bias."""
+    return dy.sum(1, dtype=accumulate_dtype(dy.dtype))
 
 
 def rows(x: Tensor, batch_dim: int = 0) -> Tensor:

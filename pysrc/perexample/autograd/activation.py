@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._common import one_use, ops
+from ..moments.uses import Call
+from ._common import add_small, call_of, one_use, ops, sum_positions
 
 __all__ = ["prelu"]
 
@@ -19,7 +20,8 @@ class _PReLU(Function):
     """x: (B, C, ...) or (B, ...), weight: (C,) or (1,)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
+        ctx.call = call_of(uses, "other")
         ctx.save_for_backward(x, weight)
         return F.prelu(x, weight)
 
@@ -34,10 +36,12 @@ class _PReLU(Function):
         # As stock PyTorch does: one pass for dx and for the terms of dw, which has the shape of x.
         dx, terms = torch.ops.aten._prelu_kernel_backward(dy, x, weight.reshape(shape))
         rows = terms.reshape(x.shape[0], channels, x.shape[1:].numel() // channels if channels else 0)
-        dw, dw_sq = ops.bias_moments(rows.transpose(1, 2), weight.dtype)
-        return dx, dw.reshape(weight.shape), dw_sq.reshape(weight.shape), one_use(dy, ctx.needs_input_grad[3])
+        rows = rows.transpose(1, 2)
+        dw, dw_sq = ops.bias_moments(rows, weight.dtype)
+        dw_sq = add_small(ctx.call, 0, dw_sq.reshape(weight.shape), lambda: sum_positions(rows))
+        return dx, dw.reshape(weight.shape), dw_sq, one_use(dy, ctx.needs_input_grad[3])
 
 
-def prelu(x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | None) -> Tensor:
+def prelu(x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
     """``F.prelu(x, weight)`` with second moments. x: (B, C, ...), weight: (C,); or x: (B, ...), weight: (1,)."""
     return _PReLU.apply(x, weight, weight_leaf, uses)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..moments.uses import Call
 from ..ops._library import accumulate_dtype, chunk_rows
-from ._common import autocast, check_dtype, one_use, ops, rows
+from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, rows, sum_positions
 
 __all__ = ["bilinear"]
 
@@ -28,8 +29,9 @@ class _Bilinear(Function):
         bias: Tensor | None,
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other", "other")
         ctx.grad_dtype = weight.dtype
         weight = weight.to(x1.dtype)
         ctx.save_for_backward(x1, x2, weight)
@@ -55,7 +57,7 @@ class _Bilinear(Function):
         for begin in range(0, batch, step):
             part = slice(begin, begin + step)
             g, a, b = (t[part].to(wide) for t in (dy_all, x1_all, x2_all))
-            outer = (g.unsqueeze(3) * a.unsqueeze(2)).flatten(2)  # (b, T, O I)
+            outer = _outer(g, a)
             if dw is not None and dw_sq is not None:
                 grad, square, _, _ = ops.linear_moments(outer, b, False, wide)
                 dw += grad
@@ -66,16 +68,31 @@ class _Bilinear(Function):
                 through = (b @ matrix.t()).unflatten(2, (out, size1))
                 dx1[part] = (g.unsqueeze(2) @ through).view(dx1[part].shape)
         db, db_sq = ops.bias_moments(dy_all, ctx.grad_dtype) if want_bias else (None, None)
+        db_sq = add_small(ctx.call, 1, db_sq, lambda: sum_positions(dy_all))
         shape = weight.shape
+        if dw_sq is not None:
+            dw_sq = add_uses(ctx.call, 0, dw_sq.view(shape), _weight_grad, dy_all, x1_all, x2_all)
         return (
             dx1,
             dx2,
             None if dw is None else dw.view(shape).to(ctx.grad_dtype),
             db,
-            None if dw_sq is None else dw_sq.view(shape),
+            dw_sq,
             db_sq,
             one_use(dy, want_uses),
         )
+
+
+def _outer(dy: Tensor, x1: Tensor) -> Tensor:
+    """(B, T, O), (B, T, I) -> (B, T, O I)."""
+    return (dy.unsqueeze(3) * x1.unsqueeze(2)).flatten(2)
+
+
+def _weight_grad(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+    """(O I, J), of all examples together."""
+    wide = accumulate_dtype(dy.dtype)
+    outer = _outer(dy.to(wide), x1.to(wide))
+    return outer.flatten(0, 1).t().mm(x2.to(wide).flatten(0, 1))
 
 
 def bilinear(
@@ -85,7 +102,7 @@ def bilinear(
     bias: Tensor | None,
     weight_leaf: Tensor | None,
     bias_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
 ) -> Tensor:
     """``F.bilinear(x1, x2, weight, bias)`` with second moments. x1: (B, ..., I), x2: (B, ..., J)."""
     dtype, context = autocast(x1, low_precision=True)

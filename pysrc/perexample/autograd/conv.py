@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_uses, autocast, call_of, check_dtype, one_use, ops
+from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, sum_positions
 
 __all__ = ["conv", "conv_transpose"]
 
@@ -68,7 +68,7 @@ class _Conv(Function):
                 return ops.conv_moments(dy, x, kernel, stride, padding, dilation, groups, False, None)[0]
 
             dw_sq = add_uses(ctx.call, 0, dw_sq, one_weight, dy, x)
-            db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.flatten(2).sum(2), dy)
+            db_sq = add_small(ctx.call, 1, db_sq, lambda: sum_positions(dy.flatten(2).transpose(1, 2)))
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None
 
 
@@ -139,7 +139,7 @@ class _ConvTranspose(Function):
             dw_sq = add_uses(ctx.call, 0, dw_sq, lambda x, dy: ops.conv_moments(x, dy, *rest, None)[0], x, dy)
         if want_bias:
             db, db_sq = ops.bias_moments(dy.flatten(2).transpose(1, 2), ctx.grad_dtype)
-            db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.flatten(2).sum(2), dy)
+            db_sq = add_small(ctx.call, 1, db_sq, lambda: sum_positions(dy.flatten(2).transpose(1, 2)))
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None, None, None, None, None
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
-from ._common import call_of, one_use, ops
+from ._common import add_uses, call_of, one_use, ops
 
 __all__ = ["embedding", "embedding_bag"]
 
@@ -66,12 +66,13 @@ class _EmbeddingBag(Function):
         weight: Tensor,
         factors: Tensor | None,
         weight_leaf: Tensor | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         indices: Tensor,
         offsets: Tensor,
         mode: str,
         padding_idx: int | None,
     ) -> Tensor:
+        ctx.call = call_of(uses, "other")
         ctx.mode, ctx.padding_idx = mode, -1 if padding_idx is None else padding_idx
         y, _, sizes, largest = torch.embedding_bag(
             weight, indices, offsets, False, _MODES.index(mode), False, factors, False, padding_idx
@@ -95,20 +96,35 @@ class _EmbeddingBag(Function):
             # Each element of a bag comes from one row: nothing to add before squaring.
             wide = accumulate_dtype(dy.dtype)
             g = (dy * (sizes > 0).unsqueeze(1)).to(wide)
-            zeros = torch.zeros(weight.shape, dtype=wide, device=dy.device)
-            dw = zeros.scatter_add(0, largest.long(), g).to(weight.dtype)
-            dw_sq = zeros.scatter_add_(0, largest.long(), g.square())
+            zeros, largest = torch.zeros(weight.shape, dtype=wide, device=dy.device), largest.long()
+            dw = zeros.scatter_add(0, largest, g).to(weight.dtype)
+            dw_sq = zeros.scatter_add_(0, largest, g.square())
+
+            def one(largest: Tensor, g: Tensor) -> Tensor:
+                return g.new_zeros(weight.shape).scatter_add_(0, largest, g)
+
+            dw_sq = add_uses(ctx.call, 0, dw_sq, one, largest, g)
         elif want_weight:
-            dw, dw_sq = _bag_moments(dy, weight, factors, indices, offsets, lengths, sizes, ctx.mode, ctx.padding_idx)
+            positions, table, filler = _bag_positions(
+                dy, factors, indices, offsets, lengths, sizes, ctx.mode, ctx.padding_idx, weight.shape[0]
+            )
+            # One row more for the filler, where no index of the table is free for it.
+            number = weight.shape[0]
+            dw, dw_sq = ops.embedding_moments(positions, table, max(number, filler + 1), filler, weight.dtype)
+            dw, dw_sq = dw[:number], dw_sq[:number]
+            shared = None if ctx.call is None else ctx.call.shared(0)
+            if shared is not None:
+                nothing = table == filler
+                positions, table = positions.masked_fill(nothing[..., None], 0), table.masked_fill(nothing, 0)
+                dw_sq = shared.add_rows(None, positions, table, -1, dw_sq)
         return dw, dfactors, dw_sq, one_use(dy, want_uses), None, None, None, None
 
 
 _MODES = ("sum", "mean", "max")
 
 
-def _bag_moments(
+def _bag_positions(
     dy: Tensor,
-    weight: Tensor,
     factors: Tensor | None,
     indices: Tensor,
     offsets: Tensor,
@@ -116,9 +132,14 @@ def _bag_moments(
     sizes: Tensor,
     mode: str,
     padding_idx: int,
-) -> tuple[Tensor, Tensor]:
-    """The bags as examples of one length, filled up with an index that counts for nothing."""
-    rows, (batch, width) = weight.shape[0], dy.shape
+    rows: int,
+) -> tuple[Tensor, Tensor, int]:
+    """The bags as examples of one length, filled up with an index that counts for nothing.
+
+    Returns:
+        the gradients (B, T, D), the indices (B, T), and the filler, which may be `rows`.
+    """
+    batch, width = dy.shape
     filler = padding_idx if padding_idx >= 0 else rows
     longest = int(lengths.max()) if batch else 0
     if batch * longest == indices.numel():  # all of one length
@@ -134,16 +155,14 @@ def _bag_moments(
     if factors is not None:
         factors = factors.view(batch, longest) if at is None else factors[at]
         positions = dy.to(accumulate_dtype(dy.dtype)).unsqueeze(1) * factors.to(dy.dtype).unsqueeze(2)
-    # One row more for the filler, where no index of the table is free for it.
-    dw, dw_sq = ops.embedding_moments(positions, table, max(rows, filler + 1), filler, weight.dtype)
-    return dw[:rows], dw_sq[:rows]
+    return positions, table, filler
 
 
 def embedding_bag(
     weight: Tensor,
     factors: Tensor | None,
     weight_leaf: Tensor | None,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     indices: Tensor,
     offsets: Tensor,
     mode: str,

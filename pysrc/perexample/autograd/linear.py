@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_uses, autocast, call_of, check_dtype, one_use, ops, rows
+from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, rows, sum_positions
 
 __all__ = ["input_major_linear", "linear"]
 
@@ -47,14 +47,14 @@ class _Linear(Function):
             dw, dw_sq, db, db_sq = ops.linear_moments(dy_rows, x_rows, want_bias, ctx.grad_dtype)
             uses = None if ctx.call is None else ctx.call.shared(0)
             if uses is not None:
-                dw_sq = uses.add_product(dy_rows, x_rows, dw_sq)
+                dw_sq = uses.add_product(dy_rows, x_rows, dw_sq, ctx.call.begins[0])
         elif want_bias:
             db, db_sq = ops.bias_moments(dy_rows, ctx.grad_dtype)
         if want_x:
             dx = dy.matmul(weight)
         if not want_bias:
             db = db_sq = None
-        db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.sum(1), dy_rows)
+        db_sq = add_small(ctx.call, 1, db_sq, lambda: sum_positions(dy_rows))
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None
 
 
@@ -110,7 +110,7 @@ class _InputMajorLinear(Function):
             )
         if want_bias:
             db, db_sq = ops.bias_moments(dy_rows, ctx.grad_dtype)
-            db_sq = add_uses(ctx.call, 1, db_sq, lambda dy: dy.sum(1), dy_rows)
+            db_sq = add_small(ctx.call, 1, db_sq, lambda: sum_positions(dy_rows))
         if want_x:
             dx = dy.matmul(weight.t())
         return dx, dw, db, dw_sq, db_sq, one_use(dy, want_uses), None

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..moments.uses import Call
 from ..ops.recurrent import after_and_before
-from ._common import autocast, check_dtype, one_use, ops
+from ._common import add_small, autocast, call_of, check_dtype, one_use, ops, sum_positions
 
 __all__ = ["Parameters", "recurrent", "recurrent_dtypes"]
 
@@ -122,13 +123,14 @@ class _Recurrent(Function):
         mode: str,
         reverse: bool,
         active: Sequence[int] | None,
-        uses: Tensor | None,
+        uses: Tensor | Call | None,
         x: Tensor,
         h: Tensor,
         c: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         steps, batch, _ = x.shape
+        ctx.call = call_of(uses, "product", "product", "other", "other", "product")
         ctx.grad_dtypes = [None if p is None else p.dtype for p in parameters[:5]]
         w = Parameters(*(None if p is None else p.to(x.dtype) for p in parameters[:5]))
         assert w.weight_hh is not None and w.weight_ih is not None
@@ -197,7 +199,17 @@ class _Recurrent(Function):
         if want.weight_hr and dstates is not None and projected is not None:
             hr = _contract(dstates, projected, True, False, ctx.grad_dtypes[4])
         grads = (ih[0], hh[0], ih[2], hh[2], hr[0])
-        leaves = (ih[1], hh[1], ih[3], hh[3], hr[1])
+        leaves = [ih[1], hh[1], ih[3], hh[3], hr[1]]
+        if ctx.call is not None:
+            products = ((0, dgates, x), (1, dhidden, before), (4, dstates, projected))
+            for which, left, right in products:
+                alone = leaves[which]
+                shared = None if alone is None else ctx.call.shared(which)
+                if shared is not None:
+                    assert alone is not None and left is not None and right is not None
+                    leaves[which] = shared.add_product(left.transpose(0, 1), right.transpose(0, 1), alone)
+            leaves[2] = add_small(ctx.call, 2, leaves[2], lambda: sum_positions(dgates.transpose(0, 1)))
+            leaves[3] = add_small(ctx.call, 3, leaves[3], lambda: sum_positions(dhidden.transpose(0, 1)))
         return None, None, None, uses, dx, dh, dc, *grads, *leaves
 
 
@@ -221,7 +233,7 @@ def recurrent(
     c: Tensor | None,
     parameters: Parameters,
     leaves: Parameters,
-    uses: Tensor | None,
+    uses: Tensor | Call | None,
     reverse: bool = False,
     active: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -233,7 +245,7 @@ def recurrent(
         h: (B, P)  the initial state.
         c: (B, H)  the initial cell state of an LSTM.
         parameters, leaves: in the layout of torch.nn.
-        uses: the leaf that counts uses.
+        uses: the leaf that counts uses, or the `Call` of the five parameters.
         reverse: run from the last step to the first.
         active: how many examples, counted from the first, are still there at each step; all by default.
 

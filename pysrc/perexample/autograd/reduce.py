@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_uses, call_of, one_use, ops
+from ._common import add_small, call_of, one_use, ops
 
 __all__ = ["expand"]
 
@@ -31,7 +31,7 @@ class _Expand(Function):
         want, _, want_uses = ctx.needs_input_grad[:3]
         grad = grad[None] if ctx.whole else grad
         total, total_sq = ops.reduce_moments(grad, ctx.dtype) if want else (None, None)
-        total_sq = add_uses(ctx.call, 0, total_sq, lambda grad: grad, grad)
+        total_sq = add_small(ctx.call, 0, total_sq, lambda: grad.reshape(grad.shape[0], grad.shape[1:].numel()))
         return total, total_sq, one_use(grad, want_uses), None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import autograd
-from ..moments import MomentModule
+from ..moments import Call, MomentModule
 from .linear import Linear
 
 __all__ = ["MultiheadAttention", "NonDynamicallyQuantizableLinear"]
@@ -29,6 +30,7 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
     """
 
     _batch_at = "says"
+    _reusable = True
     out_proj: NonDynamicallyQuantizableLinear
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,9 +78,9 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
         q, k, v = (self._heads(x) for x in self._project(query, key, value))
         batch = q.shape[0]
         if self.bias_k is not None:
-            k_leaf, v_leaf, _ = self._leaves("bias_k", "bias_v")
-            k = torch.cat([k, self._bias(self.bias_k, k_leaf, batch).to(k.dtype)], 2)
-            v = torch.cat([v, self._bias(self.bias_v, v_leaf, batch).to(v.dtype)], 2)
+            k_leaf, v_leaf, uses = self._leaves("bias_k", "bias_v")
+            k = torch.cat([k, self._bias(self.bias_k, k_leaf, _part(uses, [0]), batch).to(k.dtype)], 2)
+            v = torch.cat([v, self._bias(self.bias_v, v_leaf, _part(uses, [1]), batch).to(v.dtype)], 2)
         if self.add_zero_attn:
             zero = k.new_zeros(batch, self.num_heads, 1, self.head_dim)
             k, v = torch.cat([k, zero], 2), torch.cat([v, zero], 2)
@@ -103,17 +105,18 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
             if query is key and key is value:
                 return autograd.linear(query, weight, bias, weight_leaf, bias_leaf, uses, dim).chunk(3, -1)
             weights, weight_leaves = weight.chunk(3), _chunk(weight_leaf)
+            parts = [([0, 1], [i * self.embed_dim] * 2) for i in range(3)]
         else:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             weights = tuple(getattr(self, name) for name in names)
             *weight_leaves, bias_leaf, uses = self._leaves(*names, "in_proj_bias")
+            parts = [([i, 3], [0, i * self.embed_dim]) for i in range(3)]
         biases, bias_leaves = _chunk(bias), _chunk(bias_leaf)
         # One scalar counts the uses of the whole layer: once is enough.
+        calls = [_part(uses, *part) for part in parts] if isinstance(uses, Call) else [uses, None, None]
         return tuple(
-            autograd.linear(x, w, b, w_leaf, b_leaf, uses if i == 0 else None, dim)
-            for i, (x, w, b, w_leaf, b_leaf) in enumerate(
-                zip((query, key, value), weights, biases, weight_leaves, bias_leaves, strict=True)
-            )
+            autograd.linear(*one, dim)
+            for one in zip((query, key, value), weights, biases, weight_leaves, bias_leaves, calls, strict=True)
         )
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -121,9 +124,9 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
-    def _bias(self, bias: Tensor, leaf: Tensor | None, batch: int) -> Tensor:
+    def _bias(self, bias: Tensor, leaf: Tensor | None, uses: Call | None, batch: int) -> Tensor:
         """(1, 1, E) -> (B, heads, 1, head_dim)."""
-        return autograd.expand(bias, leaf, None, batch).view(batch, self.num_heads, 1, self.head_dim)
+        return autograd.expand(bias, leaf, uses, batch).view(batch, self.num_heads, 1, self.head_dim)
 
     def _mask(
         self,
@@ -164,6 +167,11 @@ class MultiheadAttention(MomentModule, nn.MultiheadAttention):
             mask = F.pad(mask.to(query.dtype), (0, appended)) if appended else mask.to(query.dtype)
             total = mask if total is None else total + mask
         return total, False
+
+
+def _part(uses: Tensor | Call | None, which: Sequence[int], begins: Sequence[int] | None = None) -> Call | None:
+    """Of what counts uses, the `Call` for a Function that takes these of the parameters, or rows of them."""
+    return uses.take(which, begins) if isinstance(uses, Call) else None
 
 
 def _chunk(tensor: Tensor | None) -> tuple[Tensor | None, ...]:

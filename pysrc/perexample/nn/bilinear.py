@@ -16,6 +16,8 @@ class Bilinear(MomentModule, nn.Bilinear):
     Inputs (B, ..., I) and (B, ..., J).
     """
 
+    _reusable = True
+
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if not self._tracking(input1, 2, "weight", "bias"):
             return super().forward(input1, input2)

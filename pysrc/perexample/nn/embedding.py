@@ -138,6 +138,8 @@ class EmbeddingBag(MomentModule, nn.EmbeddingBag):
             converted model in training, if there are not as many bags as examples.
     """
 
+    _reusable = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         unsupported = unsupported_embedding(self)

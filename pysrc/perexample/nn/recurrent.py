@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .. import autograd
 from ..autograd import Parameters
-from ..moments import MomentModule
+from ..moments import Call, MomentModule
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -20,6 +20,7 @@ class _Recurrent(MomentModule):
     """What the three have in common: all layers, directions, projections, and packed sequences."""
 
     _batch_at = "says"
+    _reusable = True
     mode: str
     num_layers: int
     hidden_size: int
@@ -92,6 +93,7 @@ class _Recurrent(MomentModule):
         names = list(self._parameters)
         *leaves, uses = self._leaves(*names)
         leaf_of = dict(zip(names, leaves, strict=True))
+        place_of = {name: i for i, name in enumerate(names)}
         directions = 2 if self.bidirectional else 1
         last: list[tuple[Tensor, ...]] = []
         dtype, wide = autograd.recurrent_dtypes(self.mode, x, self._parameters["weight_ih_l0"])
@@ -102,6 +104,7 @@ class _Recurrent(MomentModule):
                 suffix = f"_l{layer}{'_reverse' if direction else ''}"
                 own = [f"{name}{suffix}" for name in Parameters._fields]
                 at = layer * directions + direction
+                call = uses.take([place_of.get(name) for name in own]) if isinstance(uses, Call) else None
                 y, *states = autograd.recurrent(
                     self.mode,
                     x,
@@ -109,7 +112,8 @@ class _Recurrent(MomentModule):
                     initial[1][at] if self.mode == "LSTM" else None,
                     Parameters(*(self._parameters.get(name) for name in own)),
                     Parameters(*(leaf_of.get(name) for name in own)),
-                    uses if at == 0 else None,  # one scalar counts the uses of the whole layer
+                    # One scalar counts the uses of the whole layer.
+                    uses if at == 0 and call is None else call,
                     bool(direction),
                     active,
                 )
