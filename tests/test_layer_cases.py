@@ -258,3 +258,27 @@ def test_checkpointing(case, use_reentrant):
         pytest.skip("reentrant checkpointing needs an input with a gradient")
     weighted_sum(converted(*inputs), target).backward()
     assert_moments(converted.inner, expected)
+
+
+AUTOCAST = [
+    "RMSNorm",
+    "MultiheadAttention",
+    "EmbeddingBag",
+    "Bilinear",
+    "PReLU",
+    "GRUCell",
+    "RNNCell",
+    "LSTMCell",
+    "RNN",
+]
+
+
+@pytest.mark.parametrize("case", [c for c in FEW if c.name in AUTOCAST], ids=str)
+def test_autocast_moments_within_budget_and_gradients_float32(case):
+    model, inputs, target = build(case, torch.float32)
+    inputs, converted = [x.detach() for x in inputs], px.convert(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = oracle(model, weighted_sum, inputs, target, reduction="sum", dtype=torch.float32)
+        weighted_sum(converted(*inputs), target).backward()
+    assert all(p.grad.dtype == p.sum_grad_squared.dtype == torch.float32 for p in converted.parameters())
+    assert_moments(converted, oracle(model, weighted_sum, inputs, target, reduction="sum"), stock)

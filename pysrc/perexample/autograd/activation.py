@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, call_of, one_use, ops, sum_positions
+from ._common import add_small, autocast, call_of, check_dtype, one_use, ops, sum_positions
 
 __all__ = ["prelu"]
 
@@ -22,6 +22,8 @@ class _PReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
         ctx.call = call_of(uses, "other")
+        ctx.grad_dtype = weight.dtype
+        weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return F.prelu(x, weight)
 
@@ -37,11 +39,14 @@ class _PReLU(Function):
         dx, terms = torch.ops.aten._prelu_kernel_backward(dy, x, weight.reshape(shape))
         rows = terms.reshape(x.shape[0], channels, x.shape[1:].numel() // channels if channels else 0)
         rows = rows.transpose(1, 2)
-        dw, dw_sq = ops.bias_moments(rows, weight.dtype)
+        dw, dw_sq = ops.bias_moments(rows, ctx.grad_dtype)
         dw_sq = add_small(ctx.call, 0, dw_sq.reshape(weight.shape), lambda: sum_positions(rows))
         return dx, dw.reshape(weight.shape), dw_sq, one_use(dy, ctx.needs_input_grad[3])
 
 
 def prelu(x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
     """``F.prelu(x, weight)`` with second moments. x: (B, C, ...), weight: (C,); or x: (B, ...), weight: (1,)."""
-    return _PReLU.apply(x, weight, weight_leaf, uses)
+    dtype, context = autocast(x, low_precision=True)
+    check_dtype("PReLU", x, weight, context)
+    with context:
+        return _PReLU.apply(x.to(dtype), weight, weight_leaf, uses)

@@ -105,7 +105,9 @@ def bilinear(
     uses: Tensor | Call | None,
 ) -> Tensor:
     """``F.bilinear(x1, x2, weight, bias)`` with second moments. x1: (B, ..., I), x2: (B, ..., J)."""
-    dtype, context = autocast(x1, low_precision=True)
+    # Autocast leaves this one in the widest of the dtypes, as it does stock PyTorch's.
+    _, context = autocast(x1, low_precision=False)
     check_dtype("Bilinear", x1, weight, context)
+    dtype = torch.promote_types(torch.promote_types(x1.dtype, x2.dtype), weight.dtype)
     with context:
         return _Bilinear.apply(x1.to(dtype), x2.to(dtype), weight, bias, weight_leaf, bias_leaf, uses)

@@ -189,7 +189,8 @@ class GRUCell(_Cell, nn.GRUCell):
     def _step(self, x: Tensor, h: Tensor, hx: Tensor) -> Tensor:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), h.chunk(3, 1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-        return torch.lerp((x_n + r * h_n).tanh(), hx, z)
+        n = (x_n + r * h_n).tanh()
+        return torch.lerp(n, hx.to(n.dtype), z)  # under autocast they differ
 
 
 class RNNCell(_Cell, nn.RNNCell):
