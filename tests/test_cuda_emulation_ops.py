@@ -310,6 +310,18 @@ def test_step_per_batch(lib):
     check_step(lib, arguments, torch.float32, **options(kind))
 
 
+def test_state_that_vectors_cannot_read(lib):
+    kind = KINDS["adam"]
+    arguments = step_arguments(kind)
+    for i in (3, 4):
+        arguments[i] = torch.cat([torch.zeros(1), arguments[i]])[1:]
+    got, expected = [[*arguments], clone(arguments)]
+    lib.optimizer_step_(*got, **options(kind))
+    ops.optimizer_step_(*expected, **options(kind))
+    for g, e in zip(got[3:5], expected[3:5], strict=True):
+        torch.testing.assert_close(g, e)
+
+
 def test_bfloat16_state_is_rounded_as_by_the_reference(lib):
     kind = KINDS["adam"]
     arguments = step_arguments(kind, state=torch.bfloat16)

@@ -103,6 +103,11 @@ PX_DEVICE A load(const void* data, DType dtype, int64_t i) {
                                 : static_cast<A>(widen(static_cast<const f16*>(data)[i]));
 }
 
+// Whether elements of `array` can be read as vectors of 16 bytes.
+PX_HOST_DEVICE inline bool is_aligned(const void* array) {
+  return reinterpret_cast<uintptr_t>(array) % 16 == 0;
+}
+
 // Elements i to i + 3, or to n; one vector where the array is float32 and aligned.
 template <class A>
 PX_DEVICE void load_4(A (&x)[4], const void* data, DType dtype, int64_t i, int64_t n, bool vector) {
@@ -197,15 +202,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool flagged = false;
   for (int64_t i = begin + 4 * threadIdx.x; i < end; i += 4 * kThreads) {
     const bool vector = batch.aligned[low] && i + 4 <= n;
+    const bool whole = i + 4 <= n && is_aligned(o.exp_avg) && is_aligned(o.exp_avg_sq);
     A p[4], g[4], q[4] = {}, m[4] = {}, v[4] = {};
     load_4(p, batch.param[low], param_dtype, i, n, vector);
     load_4(g, batch.grad[low], grad_dtype, i, n, vector);
     if (sums != nullptr) load_4(q, sums, sum_dtype, i, n, vector);
     if (o.exp_avg != nullptr) {
-      load_4(m, state_at<A>(o.exp_avg, o.state_dtype, start), o.state_dtype, i, n, i + 4 <= n);
+      load_4(m, state_at<A>(o.exp_avg, o.state_dtype, start), o.state_dtype, i, n, whole);
     }
     if (o.exp_avg_sq != nullptr) {
-      load_4(v, state_at<A>(o.exp_avg_sq, o.state_dtype, start), o.state_dtype, i, n, i + 4 <= n);
+      load_4(v, state_at<A>(o.exp_avg_sq, o.state_dtype, start), o.state_dtype, i, n, whole);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -232,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     store_4(p, batch.param[low], param_dtype, i, n, vector);
     if (o.exp_avg != nullptr) {
-      store_state(m, o.exp_avg, o.state_dtype, start, i, n, i + 4 <= n, c.seed, 0);
+      store_state(m, o.exp_avg, o.state_dtype, start, i, n, whole, c.seed, 0);
     }
     if (o.exp_avg_sq != nullptr) {
-      store_state(v, o.exp_avg_sq, o.state_dtype, start, i, n, i + 4 <= n, c.seed, 16);
+      store_state(v, o.exp_avg_sq, o.state_dtype, start, i, n, whole, c.seed, 16);
     }
   }
   // All that write it write the same.
@@ -265,10 +271,8 @@ void step_all(const std::vector<const OptimizerTensor*>& tensors, const Optimize
       batch.n[i] = t.n, batch.start[i] = t.start, batch.index[i] = t.index;
       batch.param_dtype[i] = static_cast<uint8_t>(t.param_dtype);
       batch.grad_dtype[i] = static_cast<uint8_t>(t.grad_dtype);
-      batch.aligned[i] = true;
-      for (const void* array : {static_cast<const void*>(t.param), t.grad, t.sum_grad_squared}) {
-        if (reinterpret_cast<uintptr_t>(array) % 16 != 0) batch.aligned[i] = false;
-      }
+      batch.aligned[i] =
+          is_aligned(t.param) && is_aligned(t.grad) && is_aligned(t.sum_grad_squared);
       batch.first[i + 1] = batch.first[i] + static_cast<uint32_t>(ceil_div(t.n, kChunk));
     }
     launch(step_batch<A>, {batch.first[batch.count], kThreads}, device.stream, batch, o);

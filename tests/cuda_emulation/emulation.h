@@ -36,8 +36,23 @@
 struct float2 {
   float x, y;
 };
-struct float4 {
+struct float4 {  // faults where it is not aligned, as on a GPU
   float x, y, z, w;
+  float4(float x_, float y_, float z_, float w_) : x(x_), y(y_), z(z_), w(w_) {}
+  float4(const float4& o) : x(o.x), y(o.y), z(o.z), w(o.w) { check(&o); }
+  float4& operator=(const float4& o) {
+    check(this), check(&o);
+    x = o.x, y = o.y, z = o.z, w = o.w;
+    return *this;
+  }
+  static void check(const float4* at) {
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0 && !on_stack(at)) std::abort();
+  }
+  static bool on_stack(const void* at) {
+    const char here = 0;
+    const intptr_t distance = static_cast<const char*>(at) - &here;
+    return -65536 < distance && distance < 65536;
+  }
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
