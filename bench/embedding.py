@@ -30,6 +30,7 @@ def _case(batch: int, positions: int, rows: int, width: int) -> _kernels.Case:
         lambda dy, indices: _stock(dy, indices, rows, -1, False),
         lambda dy, indices: _op(dy, indices, rows),
         lambda dy, indices: _check(dy, indices, rows),
+        1.15,
     )
 
 
