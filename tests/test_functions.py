@@ -1,16 +1,11 @@
-"""The autograd Functions by themselves: their first gradients, and how large what they make in backward is."""
+"""The autograd Functions by themselves: their first gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from models import randn
-from torch import nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import perexample as px
 from perexample import autograd
 from perexample.autograd import Parameters
 
@@ -86,90 +81,3 @@ def test_gradcheck(function):
     if function in ("GRU", "RNN"):
         inputs[2].requires_grad_(False)  # they have no cells
     assert torch.autograd.gradcheck(call, inputs)
-
-
-class Largest(TorchDispatchMode):
-    """The size in bytes of the largest storage that any operator returned."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
-        return result
-
-
-def plain(layer):
-    """`layer` as a class that no kernel serves."""
-
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.bias = layer.weight, layer.bias
-
-        def forward(self, x):
-            return F.linear(x, self.weight, self.bias)
-
-    return Plain()
-
-
-# (B, T) positions of 32 features; "channels" where T comes last, "indices" where they are look-ups.
-LAYERS = {
-    "Linear": (lambda: nn.Linear(32, 32), "positions"),
-    "Conv1d": (lambda: nn.Conv1d(32, 32, 3, padding=1), "channels"),
-    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(32, 32, 3, padding=1), "channels"),
-    "LayerNorm": (lambda: nn.LayerNorm(32), "positions"),
-    "RMSNorm": (lambda: nn.RMSNorm(32), "positions"),
-    "GroupNorm": (lambda: nn.GroupNorm(4, 32), "channels"),
-    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(32, affine=True), "channels"),
-    "BatchNorm1d": (lambda: nn.BatchNorm1d(32).eval(), "channels"),
-    "PReLU": (lambda: nn.PReLU(32), "channels"),
-    "Embedding": (lambda: nn.Embedding(100, 32), "indices"),
-    "EmbeddingBag": (lambda: nn.EmbeddingBag(100, 32), "indices"),
-    "Bilinear": (lambda: nn.Bilinear(32, 32, 32), "twice"),
-    "MultiheadAttention": (lambda: nn.MultiheadAttention(32, 2, batch_first=True), "three times"),
-    "LSTM": (lambda: nn.LSTM(32, 32, batch_first=True), "positions"),
-    "LSTM with projections": (lambda: nn.LSTM(32, 32, proj_size=16, batch_first=True), "positions"),
-    "GRU": (lambda: nn.GRU(32, 32, batch_first=True), "positions"),
-    "RNN": (lambda: nn.RNN(32, 32, batch_first=True), "positions"),
-    "exact fallback": (lambda: plain(nn.Linear(32, 32)), "positions"),
-}
-
-
-class Model(nn.Module):
-    def __init__(self, layer, kind):
-        super().__init__()
-        self.layer, self.times = layer, {"twice": 2, "three times": 3}.get(kind, 1)
-
-    def forward(self, x):
-        y = self.layer(*[x] * self.times)
-        return y if isinstance(y, torch.Tensor) else y[0]
-
-
-def largest(make, kind, batch, positions):
-    torch.manual_seed(0)
-    layer = make()
-    model = px.convert(Model(layer, kind))
-    if isinstance(layer, nn.BatchNorm1d):
-        model.layer.eval()
-    shape = (batch, 32, positions) if kind == "channels" else (batch, positions, 32)
-    x = torch.randint(100, shape[:2]) if kind == "indices" else torch.randn(shape).requires_grad_()
-    y = model(x)
-    dy = torch.randn_like(y)
-    with Largest() as seen:
-        y.backward(dy)
-    assert all(p.sum_grad_squared is not None for p in model.parameters())
-    return seen.nbytes
-
-
-@pytest.mark.parametrize("which", LAYERS)
-def test_nothing_in_backward_grows_as_examples_times_parameters(which):
-    make, kind = LAYERS[which]
-    few, many = largest(make, kind, 2, 64), largest(make, kind, 64, 2)
-    parameter = max(p.nbytes for p in make().parameters())
-    if which == "exact fallback":
-        assert many >= 64 * parameter  # it does, so that this test can tell
-    else:
-        assert many <= 2 * max(few, parameter)

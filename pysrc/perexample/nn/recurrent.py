@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .. import autograd
 from ..autograd import Parameters
-from ..moments import Call, MomentModule
+from ..moments import Call, ExampleCount, MomentModule
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -33,6 +33,13 @@ class _Recurrent(MomentModule):
     def batch_dim(self) -> int:  # type: ignore[override]
         """Which dimension of the input is the batch."""
         return 0 if self.batch_first else 1
+
+    def _join(self, examples: ExampleCount, name: str) -> None:
+        super()._join(examples, name)
+        # Dynamo leaves recurrent layers to eager mode, but would trace the frames inside. Done here and once, as it
+        # loads all of Dynamo.
+        if not hasattr(_Recurrent.forward, "_torchdynamo_disable"):
+            _Recurrent.forward = torch.compiler.disable(_Recurrent.forward)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = nn.RNNBase.__getstate__(self)
