@@ -39,7 +39,7 @@ class _Recurrent(MomentModule):
         # Dynamo leaves recurrent layers to eager mode, but would trace the frames inside. Done here and once, as it
         # loads all of Dynamo.
         if not hasattr(_Recurrent.forward, "_torchdynamo_disable"):
-            _Recurrent.forward = torch.compiler.disable(_Recurrent.forward)  # type: ignore[method-assign]
+            _Recurrent.forward = torch.compiler.disable(_Recurrent.forward)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = nn.RNNBase.__getstate__(self)
