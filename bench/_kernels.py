@@ -26,6 +26,16 @@ class Case(NamedTuple):
     peers: dict[str, Program] = {}  # noqa: RUF012  (a NamedTuple's default; never changed)
 
 
+def _can(name: str, program: Program, inputs: tuple[Any, ...]) -> bool:
+    """Whether a peer can do it at all; says so where not."""
+    try:
+        program(*inputs)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        print(f"  {name}: cannot ({str(error).splitlines()[0][:110]})")
+        return False
+    return True
+
+
 def measure(case: Case, seconds: float) -> list[_report.Row]:
     """Rows of `case`, one for each number of threads, and one for each peer in place of ours."""
     torch.manual_seed(0)
@@ -35,6 +45,8 @@ def measure(case: Case, seconds: float) -> list[_report.Row]:
     for count in _timing.thread_counts():
         with _timing.threads(count):
             for peer, program in {"": case.ours, **case.peers}.items():
+                if peer and not _can(f"{case.name} [{peer}]", program, inputs[0]):
+                    continue
                 result = _timing.compare(
                     lambda i: case.stock(*inputs[i % len(inputs)]),
                     lambda i, program=program: program(*inputs[i % len(inputs)]),

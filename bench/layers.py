@@ -75,6 +75,13 @@ def per_example(model: First, x: Tensor, dy: Tensor) -> Any:
     return [c.square_().sum(0) for c in vmap(grad(loss), in_dims=(None, 0, 0))(params, x, dy).values()]
 
 
+def by_fallback(layer: nn.Module) -> nn.Module:
+    """The same layer as a class that no kernel serves."""
+    stock = type(layer)
+    layer.__class__ = type(f"Plain{stock.__name__}", (stock,), {})
+    return layer
+
+
 def _case(
     name: str,
     make: Callable[[], nn.Module],
@@ -93,6 +100,14 @@ def _case(
         dy = torch.randn_like(graph[0])
         return dy, graph, graph_of(px.convert(copy.deepcopy(stock)), data), data, stock  # type: ignore[arg-type]
 
+    def fallback(dy: Tensor, data: Tensor, model: First) -> Any:
+        other = First(by_fallback(copy.deepcopy(model.layer)), times)
+        return backward(graph_of(px.convert(other), data), dy)  # type: ignore[arg-type]
+
+    others: dict[str, _kernels.Program] = {
+        "torch.func, and forward": lambda dy, stock, ours, data, model: per_example(model, data, dy),
+        "exact fallback, and forward": lambda dy, stock, ours, data, model: fallback(dy, data, model),
+    }
     return _kernels.Case(
         name,
         inputs,
@@ -100,56 +115,73 @@ def _case(
         lambda dy, stock, ours, data, model: backward(ours, dy),
         lambda dy, stock, ours, data, model: check(first, data),
         reach,
-        {"torch.func": lambda dy, stock, ours, data, model: per_example(model, data, dy)} if peers else {},
+        others if peers else {},
     )
 
 
 def cases(full: bool) -> list[_kernels.Case]:
-    """The default shapes, and with `full` more of them, and torch.func where it can do them."""
+    """The default shapes, and with `full` every class, beside torch.func and the fallback where these can do it."""
     randn = torch.randn
+
+    def case(*arguments: Any, **options: Any) -> _kernels.Case:
+        return _case(*arguments, **options, peers=full)
+
     small = [
-        _case("RMSNorm 8×128×768", lambda: nn.RMSNorm(768), lambda: randn(8, 128, 768), 1.15, peers=full),
-        _case(
-            "InstanceNorm2d 16×64@32²",
-            lambda: nn.InstanceNorm2d(64, affine=True),
-            lambda: randn(16, 64, 32, 32),
-            1.15,
-            peers=full,
+        case("RMSNorm 8×128×768", lambda: nn.RMSNorm(768), lambda: randn(8, 128, 768), 1.15),
+        case(
+            "InstanceNorm2d 16×64@32²", lambda: nn.InstanceNorm2d(64, affine=True), lambda: randn(16, 64, 32, 32), 1.15
         ),
-        _case(
+        case(
             "ConvTranspose2d 8×64→32@16² k4 s2",
             lambda: nn.ConvTranspose2d(64, 32, 4, 2, 1),
             lambda: randn(8, 64, 16, 16),
-            peers=full,
         ),
-        _case(
+        case(
             "MultiheadAttention 8×128×256 h8",
             lambda: nn.MultiheadAttention(256, 8, batch_first=True),
             lambda: randn(8, 128, 256),
             times=3,
         ),
-        _case("LSTM 32×64×128→256", lambda: nn.LSTM(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
-        _case("GRU 32×64×128→256", lambda: nn.GRU(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
+        case("LSTM 32×64×128→256", lambda: nn.LSTM(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
+        case("GRU 32×64×128→256", lambda: nn.GRU(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
     ]
     large = [
-        _case("RMSNorm 128×1024", lambda: nn.RMSNorm(1024), lambda: randn(128, 1024), 1.15),
-        _case(
+        case("RMSNorm 128×1024", lambda: nn.RMSNorm(1024), lambda: randn(128, 1024), 1.15),
+        case("LayerNorm 8×128×768", lambda: nn.LayerNorm(768), lambda: randn(8, 128, 768), 1.15),
+        case("GroupNorm 16×64@32²", lambda: nn.GroupNorm(32, 64), lambda: randn(16, 64, 32, 32), 1.15),
+        case("BatchNorm2d in eval 16×64@32²", lambda: nn.BatchNorm2d(64).eval(), lambda: randn(16, 64, 32, 32), 1.15),
+        case("Linear 16×32×256→256", lambda: nn.Linear(256, 256), lambda: randn(16, 32, 256)),
+        case("Conv1d 16×64→64@64", lambda: nn.Conv1d(64, 64, 3, padding=1), lambda: randn(16, 64, 64)),
+        case("Conv2d 16×64→64@16²", lambda: nn.Conv2d(64, 64, 3, padding=1), lambda: randn(16, 64, 16, 16)),
+        case("Conv3d 8×16→16@8³", lambda: nn.Conv3d(16, 16, 3, padding=1), lambda: randn(8, 16, 8, 8, 8)),
+        case("ConvTranspose1d 8×64→32@64", lambda: nn.ConvTranspose1d(64, 32, 4, 2, 1), lambda: randn(8, 64, 64)),
+        case("ConvTranspose3d 4×16→8@6³", lambda: nn.ConvTranspose3d(16, 8, 4, 2, 1), lambda: randn(4, 16, 6, 6, 6)),
+        case(
             "TransformerEncoderLayer 8×64×256",
             lambda: nn.TransformerEncoderLayer(256, 8, 512, 0.0, batch_first=True),
             lambda: randn(8, 64, 256),
         ),
-        _case("LSTM 8×128×64→128", lambda: nn.LSTM(64, 128, batch_first=True), lambda: randn(8, 128, 64), 1.3),
-        _case("RNN 32×64×128→256", lambda: nn.RNN(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
-        _case(
-            "EmbeddingBag 64×32 V=10000 D=64",
-            lambda: nn.EmbeddingBag(10000, 64),
-            lambda: torch.randint(10000, (64, 32)),
-            1.15,
+        case(
+            "TransformerDecoderLayer 8×64×256",
+            lambda: nn.TransformerDecoderLayer(256, 8, 512, 0.0, batch_first=True),
+            lambda: randn(8, 64, 256),
+            times=2,
         ),
-        _case("PReLU 16×64@32²", lambda: nn.PReLU(64), lambda: randn(16, 64, 32, 32), 1.15, peers=True),
-        _case("Bilinear 128×64×64→32", lambda: nn.Bilinear(64, 64, 32), lambda: randn(128, 64), times=2),
+        case("LSTM 8×128×64→128", lambda: nn.LSTM(64, 128, batch_first=True), lambda: randn(8, 128, 64), 1.3),
+        case("RNN 32×64×128→256", lambda: nn.RNN(128, 256, batch_first=True), lambda: randn(32, 64, 128), 1.3),
+        case("LSTMCell 64×128→256", lambda: nn.LSTMCell(128, 256), lambda: randn(64, 128)),
+        case("Embedding 8×128 V=1024 D=512", lambda: nn.Embedding(1024, 512), lambda: indices(1024, 8, 128), 1.15),
+        case(
+            "EmbeddingBag 64×32 V=10000 D=64", lambda: nn.EmbeddingBag(10000, 64), lambda: indices(10000, 64, 32), 1.15
+        ),
+        case("PReLU 16×64@32²", lambda: nn.PReLU(64), lambda: randn(16, 64, 32, 32), 1.15),
+        case("Bilinear 128×64×64→32", lambda: nn.Bilinear(64, 64, 32), lambda: randn(128, 64), times=2),
     ]
     return small + large if full else small
+
+
+def indices(rows: int, *shape: int) -> Tensor:
+    return torch.randint(rows, shape)
 
 
 if __name__ == "__main__":
