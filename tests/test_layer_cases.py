@@ -269,6 +269,7 @@ AUTOCAST = [
     "GRUCell",
     "RNNCell",
     "LSTMCell",
+    "GRU",
     "RNN",
 ]
 
@@ -279,7 +280,9 @@ def test_autocast_moments_within_budget_and_gradients_float32(case):
     inputs, converted = [x.detach() for x in inputs], px.convert(copy.deepcopy(model))
     with torch.autocast("cpu", torch.bfloat16):
         stock = oracle(model, weighted_sum, inputs, target, reduction="sum", dtype=torch.float32)
-        weighted_sum(converted(*inputs), target).backward()
+        output = converted(*inputs)
+        assert output.dtype == model(*inputs).dtype
+        weighted_sum(output, target).backward()
     assert all(p.grad.dtype == p.sum_grad_squared.dtype == torch.float32 for p in converted.parameters())
     assert_moments(converted, oracle(model, weighted_sum, inputs, target, reduction="sum"), stock)
 

@@ -265,5 +265,6 @@ def recurrent_dtypes(mode: str, x: Tensor, weight: Tensor) -> tuple[torch.dtype,
     """
     dtype, context = autocast(x, low_precision=True)
     check_dtype(mode, x, weight, context)
-    half = dtype in (torch.bfloat16, torch.float16)
-    return dtype, torch.float32 if half and x.device.type == "cpu" else dtype
+    half, cpu = dtype in (torch.bfloat16, torch.float16), x.device.type == "cpu"
+    # Under autocast on the CPU a stock GRU comes out in the dtype of its state.
+    return x.dtype if cpu and mode == "GRU" else dtype, torch.float32 if half and cpu else dtype

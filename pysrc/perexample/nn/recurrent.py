@@ -197,7 +197,8 @@ class GRUCell(_Cell, nn.GRUCell):
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), h.chunk(3, 1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         n = (x_n + r * h_n).tanh()
-        return torch.lerp(n, hx.to(n.dtype), z)  # under autocast they differ
+        wide = torch.promote_types(n.dtype, hx.dtype)  # under autocast they differ
+        return torch.lerp(n.to(wide), hx.to(wide), z.to(wide))
 
 
 class RNNCell(_Cell, nn.RNNCell):
