@@ -137,13 +137,14 @@ def _bag_positions(
     """The bags as examples of one length, filled up with an index that counts for nothing.
 
     Returns:
-        the gradients (B, T, D), the indices (B, T), and the filler, which may be `rows`.
+        the gradients (B, T, D), the indices (B, T), and the filler, which may be `rows`, or -1 for none.
     """
     batch, width = dy.shape
     filler = padding_idx if padding_idx >= 0 else rows
     longest = int(lengths.max()) if batch else 0
     if batch * longest == indices.numel():  # all of one length
         table, at = indices.view(batch, longest), None
+        filler = padding_idx  # nothing to fill
     else:
         place = torch.arange(longest, device=dy.device)
         at = (offsets.unsqueeze(1) + place).clamp(max=indices.numel() - 1)
