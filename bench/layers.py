@@ -98,22 +98,29 @@ def _case(
         stock, data = first(), x()
         graph = graph_of(stock, data)
         dy = torch.randn_like(graph[0])
-        return dy, graph, graph_of(px.convert(copy.deepcopy(stock)), data), data, stock  # type: ignore[arg-type]
+        fallback: Any = None
+        if peers:
+            try:
+                fallback = graph_of(px.convert(First(by_fallback(copy.deepcopy(stock.layer)), times)), data)  # type: ignore[arg-type]
+            except ValueError as error:
+                fallback = error
+        return dy, graph, graph_of(px.convert(copy.deepcopy(stock)), data), fallback, data, stock  # type: ignore[arg-type]
 
-    def fallback(dy: Tensor, data: Tensor, model: First) -> Any:
-        other = First(by_fallback(copy.deepcopy(model.layer)), times)
-        return backward(graph_of(px.convert(other), data), dy)  # type: ignore[arg-type]
+    def by_copies(fallback: Any, dy: Tensor) -> Any:
+        if isinstance(fallback, ValueError):
+            raise fallback
+        return backward(fallback, dy)
 
     others: dict[str, _kernels.Program] = {
-        "torch.func, and forward": lambda dy, stock, ours, data, model: per_example(model, data, dy),
-        "exact fallback, and forward": lambda dy, stock, ours, data, model: fallback(dy, data, model),
+        "torch.func, and forward": lambda dy, stock, ours, fallback, data, model: per_example(model, data, dy),
+        "exact fallback": lambda dy, stock, ours, fallback, data, model: by_copies(fallback, dy),
     }
     return _kernels.Case(
         name,
         inputs,
-        lambda dy, stock, ours, data, model: backward(stock, dy),
-        lambda dy, stock, ours, data, model: backward(ours, dy),
-        lambda dy, stock, ours, data, model: check(first, data),
+        lambda dy, stock, ours, fallback, data, model: backward(stock, dy),
+        lambda dy, stock, ours, fallback, data, model: backward(ours, dy),
+        lambda dy, stock, ours, fallback, data, model: check(first, data),
         reach,
         others if peers else {},
     )
