@@ -118,3 +118,11 @@ def test_training_steps_compiled_are_those_of_eager():
             opt.zero_grad()
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+def test_layer_outputs_changed_in_place():
+    model = px.convert(nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).double())
+    x, y = randn(2, 4, 5), randn(2, 4, 3, seed=1)
+    expected = oracle(model, half_square_mean, x, y)
+    backward(torch.compile(model, fullgraph=True, backend="aot_eager"), x, target=y)
+    assert_moments(model, expected)

@@ -318,6 +318,55 @@ def test_the_output_may_be_changed_in_place(change):
     assert model._examples.total.item() == 6
 
 
+IN_PLACE = {
+    "linear": (nn.Linear(5, 6), (4, 3, 5)),
+    "linear without bias": (nn.Linear(5, 6, bias=False), (4, 2, 3, 5)),
+    "conv": (nn.Conv1d(5, 6, 2), (4, 5, 3)),
+    "transposed conv": (nn.ConvTranspose1d(5, 6, 2), (4, 5, 3)),
+    "layer norm": (nn.LayerNorm(5), (4, 3, 5)),
+    "group norm": (nn.GroupNorm(1, 3), (4, 3, 5)),
+    "instance norm": (nn.InstanceNorm1d(3, affine=True), (4, 3, 5)),
+    "RMS norm": (nn.RMSNorm(5), (4, 3, 5)),
+    "PReLU": (nn.PReLU(), (4, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_layer_output_may_be_changed_in_place(name, dtype):
+    layer, shape = IN_PLACE[name]
+    model = px.convert(nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=True)).to(dtype))
+    x = randn(*shape).to(dtype)
+    y = torch.ones(model(x).shape, dtype=dtype)
+    expected = oracle(model, half_square_mean, x, y)
+    backward(model, x, target=y)
+    assert_moments(model, expected, oracle(model, half_square_mean, x, y, dtype=dtype))
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: F.relu(y, inplace=True)])
+def test_the_output_of_several_inputs_may_be_changed_in_place(change):
+    def loss_fn(output, target):
+        return half_square_mean(change(output), target)
+
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x, x, x)[0].mul_(2)
+
+    for model, inputs in (
+        (Attend().double(), [randn(4, 3, 6)]),
+        (nn.Bilinear(6, 2, 5).double(), [randn(4, 3, 6), randn(4, 3, 2, seed=1)]),
+    ):
+        px.convert(model)
+        y = torch.ones(model(*inputs).shape).double()
+        expected = oracle(model, loss_fn, inputs, y)
+        loss_fn(model(*inputs), y).backward()
+        assert_moments(model, expected)
+
+
 def test_dropout_draws_as_in_the_stock_model_and_examples_stay_separate():
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(5, 8), nn.Dropout(), nn.Linear(8, 3)).double()

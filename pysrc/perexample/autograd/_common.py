@@ -20,6 +20,7 @@ __all__ = [
     "check_dtype",
     "one_use",
     "ops",
+    "owned",
     "rows",
     "sum_positions",
 ]
@@ -94,6 +95,11 @@ def add_small(call: Call | None, which: int, sum_sq: Tensor | None, grads: Calla
     if call is None or uses is None or sum_sq is None:
         return sum_sq
     return uses.add_small(grads(), sum_sq, call.begins[which])
+
+
+def owned(y: Tensor) -> Tensor:
+    """In forward: `y` as an output that the caller may change in place, which autograd forbids for a view."""
+    return y.detach() if torch.compiler.is_compiling() or y._is_view() else y
 
 
 def sum_positions(dy: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype, chunk_rows
-from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, rows, sum_positions
+from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, owned, rows, sum_positions
 
 __all__ = ["bilinear"]
 
@@ -35,7 +35,7 @@ class _Bilinear(Function):
         ctx.grad_dtype = weight.dtype
         weight = weight.to(x1.dtype)
         ctx.save_for_backward(x1, x2, weight)
-        return F.bilinear(x1, x2, weight, None if bias is None else bias.to(x1.dtype))
+        return owned(F.bilinear(x1, x2, weight, None if bias is None else bias.to(x1.dtype)))
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, rows, sum_positions
+from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, owned, rows, sum_positions
 
 __all__ = ["input_major_linear", "linear"]
 
@@ -33,7 +33,7 @@ class _Linear(Function):
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return owned(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
 
     @staticmethod
     @once_differentiable
@@ -92,7 +92,7 @@ class _InputMajorLinear(Function):
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return F.linear(x, weight.t(), bias.to(x.dtype))
+        return owned(F.linear(x, weight.t(), bias.to(x.dtype)))
 
     @staticmethod
     @once_differentiable

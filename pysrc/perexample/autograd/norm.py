@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
-from ._common import add_uses, autocast, call_of, one_use, ops
+from ._common import add_uses, autocast, call_of, one_use, ops, owned
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -267,7 +267,7 @@ class _InstanceNorm(Function):
             eps,
         )
         ctx.save_for_backward(x, weight, mean, rstd)
-        return y.view(x.shape)
+        return owned(y.view(x.shape))
 
     @staticmethod
     @once_differentiable
