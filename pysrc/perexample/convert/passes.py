@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from .. import autograd
 from ..autograd.expansion import batched
 from ..moments import ExampleCount, MomentModule, _Mode, overlap
+from ..moments.bypass import refuse_bypass
 from ..moments.layout import PassInput
-from ..moments.module import WITHOUT
+from ..moments.module import WITH, WITHOUT
 
 __all__ = ["follow_passes"]
 
@@ -123,7 +124,9 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if isinstance(output, Tensor):
         if not output.requires_grad:
             return None
-        return autograd.count_examples(*examples.leaves(), batch, [batched(output)], note)[0]
+        output = batched(output)
+        _look([output], examples, used)
+        return autograd.count_examples(*examples.leaves(), batch, [output], note)[0]
     leaves, spec = pytree.tree_flatten(output)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not where:
@@ -134,10 +137,21 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
                 f"torch.utils._pytree"
             )
         return None
-    counted = autograd.count_examples(*examples.leaves(), batch, [batched(leaves[i]) for i in where], note)
+    outputs = [batched(leaves[i]) for i in where]
+    _look(outputs, examples, used)
+    counted = autograd.count_examples(*examples.leaves(), batch, outputs, note)
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _look(outputs: list[Tensor], examples: ExampleCount, used: dict[str, str]) -> None:
+    """Look through the graph of the first passes, and ever more rarely of later ones."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return
+    examples.passes += 1
+    if examples.passes & (examples.passes - 1) == 0 or examples.passes % 1024 == 0:
+        refuse_bypass(outputs, examples, used, WITH)
 
 
 def _watch(examples: ExampleCount, output: Any) -> None:

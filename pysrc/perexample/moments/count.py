@@ -52,6 +52,7 @@ class ExampleCount:
         self._missed_task = -1  # the backward pass that went through the output of such a one
         self.uncounted = ""  # a parameter that was backpropagated through outside of any pass
         self.last_batch = 0
+        self.passes = 0  # forward passes in eager mode, since the last conversion
         self.processes = 1  # over how many DistributedDataParallel averages the gradients of the last pass
         self.unfinished: list[Uses] = []  # with pieces that the backward pass under way has not contracted
         self.backward: dict[int, set[int]] = {}  # the examples of the forward passes that are being backpropagated
@@ -86,7 +87,7 @@ class ExampleCount:
 
     def add_root(self, name: str) -> None:
         """Count what passes through the converted model or part called `name`."""
-        self.rooted = True
+        self.rooted, self.passes = True, 0
         if name not in self.root_names:
             self.root_names = [*self.root_names, name]
         for ref in self.moments:
