@@ -42,9 +42,9 @@ def test_a_weight_used_besides_its_layer_is_refused_by_name(name):
     model = px.convert(Model(BYPASSES[name]).double())
     which = "bias" if name in ("a bias", "a checkpoint") else "weight"
     text = (
-        f"encode.{which}: this forward pass uses it besides its layer, where the examples' parts of its gradient cannot "
-        f"be told apart; let a module of its own do that (other.weight = layer.weight makes both uses exact), detach "
-        f"it, or add a penalty on weights outside of the model's forward. Found at '"
+        f"encode.{which}: this forward pass uses it besides its layer, where the examples' parts of its gradient "
+        f"cannot be told apart; let a module of its own do that (other.weight = layer.weight makes both uses exact), "
+        f"detach it, or add a penalty on weights outside of the model's forward. Found at '"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
         model(randn(4, 3, 5))
