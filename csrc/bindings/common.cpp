@@ -142,8 +142,12 @@ const void* data_or_null(const Optional& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
+Tensor contiguous_tensor(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Optional contiguous(const Optional& tensor) {
-  return tensor ? Optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+  return tensor ? Optional(contiguous_tensor(*tensor)) : std::nullopt;
 }
 
 }  // namespace perexample

@@ -75,6 +75,8 @@ struct Moments {
 
 void copy_strides(const Tensor& tensor, int64_t* out);
 const void* data_or_null(const Optional& tensor);
+// The tensor itself where it is contiguous: the dispatcher would take a microsecond to find that.
+Tensor contiguous_tensor(const Tensor& tensor);
 Optional contiguous(const Optional& tensor);
 
 }  // namespace perexample

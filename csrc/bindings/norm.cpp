@@ -44,8 +44,8 @@ Five norm_moments(Norm a, const Arguments& arguments,
                   channels, ",)");
   a.weight_dtype = weight_in ? dtype_of(op, "weight", *weight_in) : a.dtype;
 
-  Tensor dy = rows ? with_contiguous_rows(dy_in) : torch::stable::contiguous(dy_in);
-  Tensor x = rows ? with_contiguous_rows(x_in) : torch::stable::contiguous(x_in);
+  Tensor dy = rows ? with_contiguous_rows(dy_in) : contiguous_tensor(dy_in);
+  Tensor x = rows ? with_contiguous_rows(x_in) : contiguous_tensor(x_in);
   Optional mean = contiguous(mean_in), rstd = contiguous(rstd_in), weight = contiguous(weight_in);
   if constexpr (rows) {
     a.dy_stride[0] = dy.stride(0), a.dy_stride[1] = dy.stride(1);

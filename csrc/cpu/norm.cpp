@@ -20,9 +20,12 @@ namespace {
 
 constexpr int64_t kTasks = 32;                        // tasks to aim at
 constexpr int64_t kTaskSize = 1 << 15;                // elements that are worth a task
+constexpr int64_t kGroupTaskSize = 1 << 14;           // the same in GroupNorm
 constexpr int64_t kMaxSums = 1 << 19;                 // elements of all pieces' sums
 constexpr int64_t kCombined = 512;                    // columns that one task combines
 constexpr int64_t kFetched = 1 << 14;                 // bytes of a group that are fetched early
+constexpr int64_t kTogether = 8;                      // groups
+constexpr int64_t kTogetherBytes = 1 << 12;           // of dy of all groups that share a sweep
 constexpr int kRows = PX_VECTOR_BYTES == 64 ? 4 : 2;  // rows at a time: what the registers hold
 
 PX_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
@@ -96,42 +99,48 @@ void add_example(const Sums<A>& s, int64_t begin, int64_t end) {
   add(s.G_b, s.sum_b, s.square_b);
 }
 
-// Combines the sums of all pieces and writes the outputs. With several parts to an example, their
-// G are added before squaring. `sums` gives those of a piece.
+// Combines the sums of all pieces in columns [begin, end) and writes them to the outputs. With
+// several parts to an example, their G are added before squaring. `sums` gives those of a piece.
+template <class A, class Op, class F>
+void combine_columns(const Op& a, int64_t begin, int64_t end, int64_t pieces, int64_t parts,
+                     const F& sums) {
+  int64_t n = end - begin;
+  auto write = [&](auto G, auto total, auto square, void* out, void* out_sq) {
+    if (out == nullptr) return;
+    A first[kCombined] = {}, second[kCombined] = {};
+    for (int64_t piece = 0; piece < pieces; piece += parts) {
+      if (parts == 1) {
+        const A* from = sums(piece).*total + begin;
+        const A* from_sq = sums(piece).*square + begin;
+        for (int64_t i = 0; i < n; ++i) first[i] += from[i];
+        for (int64_t i = 0; i < n; ++i) second[i] += from_sq[i];
+      } else {
+        A example[kCombined] = {};
+        for (int64_t part = 0; part < parts; ++part) {
+          const A* from = sums(piece + part).*G + begin;
+          for (int64_t i = 0; i < n; ++i) example[i] += from[i];
+        }
+        for (int64_t i = 0; i < n; ++i) {
+          first[i] += example[i];
+          second[i] += example[i] * example[i];
+        }
+      }
+    }
+    with_type(a.weight_dtype,
+              [&](auto tag) { narrow_row(n, first, static_cast<decltype(tag)*>(out) + begin); });
+    narrow_row(n, second, static_cast<A*>(out_sq) + begin);
+  };
+  using S = Sums<A>;
+  write(&S::G_w, &S::sum_w, &S::square_w, a.dw, a.dw_sq);
+  write(&S::G_b, &S::sum_b, &S::square_b, a.db, a.db_sq);
+}
+
 template <class A, class Op, class F>
 void combine(const Op& a, int64_t width, int64_t pieces, int64_t parts, const F& sums,
              const Parallel& parallel) {
   parallel(ceil_div(width, kCombined), [&](int64_t task) {
     int64_t begin = task * kCombined;
-    int64_t n = min_of(kCombined, width - begin);
-    auto write = [&](auto G, auto total, auto square, void* out, void* out_sq) {
-      if (out == nullptr) return;
-      A first[kCombined] = {}, second[kCombined] = {};
-      for (int64_t piece = 0; piece < pieces; piece += parts) {
-        if (parts == 1) {
-          const A* from = sums(piece).*total + begin;
-          const A* from_sq = sums(piece).*square + begin;
-          for (int64_t i = 0; i < n; ++i) first[i] += from[i];
-          for (int64_t i = 0; i < n; ++i) second[i] += from_sq[i];
-        } else {
-          A example[kCombined] = {};
-          for (int64_t part = 0; part < parts; ++part) {
-            const A* from = sums(piece + part).*G + begin;
-            for (int64_t i = 0; i < n; ++i) example[i] += from[i];
-          }
-          for (int64_t i = 0; i < n; ++i) {
-            first[i] += example[i];
-            second[i] += example[i] * example[i];
-          }
-        }
-      }
-      with_type(a.weight_dtype,
-                [&](auto tag) { narrow_row(n, first, static_cast<decltype(tag)*>(out) + begin); });
-      narrow_row(n, second, static_cast<A*>(out_sq) + begin);
-    };
-    using S = Sums<A>;
-    write(&S::G_w, &S::sum_w, &S::square_w, a.dw, a.dw_sq);
-    write(&S::G_b, &S::sum_b, &S::square_b, a.db, a.db_sq);
+    combine_columns<A>(a, begin, min_of(begin + kCombined, width), pieces, parts, sums);
   });
 }
 
@@ -278,47 +287,97 @@ void layer_norm(const LayerNorm& a, const Parallel& parallel) {
 
 // --- GroupNorm ---
 
-// Of one channel's n positions, the sum of dy (x - mean) and the sum of dy; dx, if wanted, is
-// written next.
-template <class T, class A>
-void channel_sums(const T* dy, const T* x, const T* dx, int64_t n, A mean, A& product, A& plain) {
+// The vectors of one cache line of T.
+template <class T>
+constexpr int kLineVectors = 64 / (lanes<Accumulator<T>> * static_cast<int>(sizeof(T)));
+
+// Of one channel's n positions, the sums of dy (x - mean) and of dy, spread over the lanes; dx, if
+// wanted, is written next.
+template <bool wanted, class T, class A>
+PX_INLINE void channel_sums(const T* dy, const T* x, const T* dx, int64_t n, A mean,
+                            Vec<A>& product, Vec<A>& plain) {
   constexpr int64_t L = lanes<A>;
-  Vec<A> products[2] = {}, plains[2] = {};
+  constexpr int V = kLineVectors<T>;
+  Vec<A> products[V] = {}, plains[V] = {};
   int64_t i = 0;
   auto add = [&](auto v) PX_LAMBDA {
     Vec<A> d = load_wide(dy + i + v * L);
-    if (dx != nullptr) fetch_to_write(dx, i + v * L);
     products[v] += d * (load_wide(x + i + v * L) - broadcast(mean));
     plains[v] += d;
   };
-  for (; i + 2 * L <= n; i += 2 * L) unroll<2>(add);
-  for (; i + L <= n; i += L) unroll<1>(add);
-  A product_rest = 0, plain_rest = 0;
-  for (; i < n; ++i) {
-    A d = widen(dy[i]);
-    product_rest += d * (widen(x[i]) - mean);
-    plain_rest += d;
+  for (; i + V * L <= n; i += V * L) {
+    if (wanted) fetch_to_write(dx, i);
+    unroll<V>(add);
   }
-  product = sum<A>(products[0] + products[1]) + product_rest;
-  plain = sum<A>(plains[0] + plains[1]) + plain_rest;
+  unroll<V - 1>([&](auto v) PX_LAMBDA {
+    products[0] += products[v + 1];
+    plains[0] += plains[v + 1];
+  });
+  for (; i + L <= n; i += L) unroll<1>(add);
+  if (i < n) {
+    Vec<A> product_rest{}, plain_rest{};
+    for (; i < n; ++i) {
+      A d = widen(dy[i]);
+      product_rest[0] += d * (widen(x[i]) - mean);
+      plain_rest[0] += d;
+    }
+    products[0] += product_rest;
+    plains[0] += plain_rest;
+  }
+  product = products[0];
+  plain = plains[0];
 }
 
-// dx = scale dy - slope (x - mean) - offset over one channel's n positions; those `ahead` are read
-// next.
-template <class T, class A>
-void channel_gradient(const T* dy, const T* x, T* dx, int64_t n, int64_t ahead, A mean, A scale,
-                      A slope, A offset) {
+// G of weight and bias of the n channels of a group, of S positions each, and the sums of h xhat
+// and h.
+template <bool wanted, class T, class A>
+void group_sums(const T* dy, const T* x, const T* dx, const A* weight, int64_t n, int64_t S,
+                Statistics<A> s, A* G_w, A* G_b, A& sum_hx, A& sum_h) {
   constexpr int64_t L = lanes<A>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    Vec<A> centered = load_wide(x + i) - broadcast(mean);
-    fetch(dy, ahead + i);
-    fetch(x, ahead + i);
-    store_narrow(dx + i, broadcast(scale) * load_wide(dy + i) -
-                             (broadcast(slope) * centered + broadcast(offset)));
-  }
-  for (; i < n; ++i) {
-    dx[i] = narrow<T>(scale * widen(dy[i]) - (slope * (widen(x[i]) - mean) + offset));
+  Vec<A> total_hx{}, total_h{};
+  each_vector<A>(n, [&](int64_t c, auto get, auto put) PX_LAMBDA {
+    Vec<A> product[L], plain[L];
+    int64_t present = min_of(L, n - c);
+    for (int64_t j = present; j < L; ++j) product[j] = plain[j] = Vec<A>{};
+    for (int64_t j = 0; j < present; ++j) {
+      int64_t at = (c + j) * S;
+      channel_sums<wanted>(dy + at, x + at, dx + at, S, s.mean, product[j], plain[j]);
+    }
+    Vec<A> w = get(weight + c);
+    Vec<A> g_w = sums<A>(product) * broadcast(s.rstd), g_b = sums<A>(plain);
+    put(G_w + c, g_w);
+    put(G_b + c, g_b);
+    total_hx += w * g_w;
+    total_h += w * g_b;
+  });
+  sum_hx = sum<A>(total_hx);
+  sum_h = sum<A>(total_h);
+}
+
+// dx = rstd weight dy - slope (x - mean) - offset over the n channels of a group; what lies `ahead`
+// is read next.
+template <class T, class A>
+void group_gradient(const T* dy, const T* x, T* dx, const A* weight, int64_t n, int64_t S,
+                    int64_t ahead, Statistics<A> s, A slope, A offset) {
+  constexpr int64_t L = lanes<A>;
+  constexpr int V = kLineVectors<T>;
+  for (int64_t c = 0; c < n; ++c, dy += S, x += S, dx += S) {
+    A scale = s.rstd * weight[c];
+    int64_t i = 0;
+    auto write = [&](auto v) PX_LAMBDA {
+      Vec<A> centered = load_wide(x + i + v * L) - broadcast(s.mean);
+      store_narrow(dx + i + v * L, broadcast(scale) * load_wide(dy + i + v * L) -
+                                       (broadcast(slope) * centered + broadcast(offset)));
+    };
+    for (; i + V * L <= S; i += V * L) {
+      fetch(dy, ahead + i);
+      fetch(x, ahead + i);
+      unroll<V>(write);
+    }
+    for (; i + L <= S; i += L) unroll<1>(write);
+    for (; i < S; ++i) {
+      dx[i] = narrow<T>(scale * widen(dy[i]) - (slope * (widen(x[i]) - s.mean) + offset));
+    }
   }
 }
 
@@ -350,6 +409,13 @@ void point_gradient(const T* dy, const T* x, T* dx, const A* weight, int64_t n, 
   });
 }
 
+// What the second sweep over a group takes from the first.
+template <class A>
+struct Group {
+  Statistics<A> statistics;
+  A slope, offset;
+};
+
 template <class T>
 void group_norm(const GroupNorm& a, const Parallel& parallel) {
   using A = Accumulator<T>;
@@ -358,12 +424,14 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
   T* dx = static_cast<T*>(a.dx);
   int64_t channels = a.C / a.groups;  // of a group
   int64_t size = channels * a.S;      // of a group
-  int64_t ahead = size * static_cast<int64_t>(sizeof(T)) <= kFetched ? size : 0;
-  int64_t limit = min_of(kTasks, max_of(2, kMaxSums / (Sums<A>::kArrays * a.C)));
-  int64_t pieces = max_of(1, min_of(min_of(limit, a.B), a.B * a.C * a.S / kTaskSize));
-  int64_t examples = ceil_div(a.B, pieces);  // of a piece
-  pieces = ceil_div(a.B, examples);
-  int64_t groups = ceil_div(a.groups, max_of(1, kTasks / pieces));  // of a task
+  int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+  // Groups that share a sweep: the sums of one are there only some time after its last element.
+  int64_t together = max_of(1, min_of(kTogether, kTogetherBytes / bytes));
+  int64_t tasks = max_of(1, min_of(kTasks, a.B * a.C * a.S / kGroupTaskSize));
+  int64_t limit = max_of(2, kMaxSums / (Sums<A>::kArrays * a.C));
+  int64_t examples = ceil_div(a.B, min_of(min_of(limit, a.B), tasks));  // of a piece
+  int64_t pieces = ceil_div(a.B, examples);
+  int64_t groups = ceil_div(a.groups, ceil_div(tasks, pieces));  // of a task
   int64_t ranges = ceil_div(a.groups, groups);
 
   int64_t elements = a.C + pieces * Sums<A>::kArrays * a.C;
@@ -380,53 +448,60 @@ void group_norm(const GroupNorm& a, const Parallel& parallel) {
     return statistics(x + i * size, size, a.eps);
   };
 
+  auto sums_of = [&](const Sums<A>& own, int64_t b, int64_t g) -> Group<A> {
+    Statistics<A> s = statistics_of(b, g);
+    int64_t c = g * channels, at = (b * a.C + c) * a.S;
+    A total_h = 0, total_hx = 0;
+    if (a.S == 1) {
+      point_sums(dy + at, x + at, weight + c, channels, s, own.G_w + c, own.G_b + c, total_hx,
+                 total_h);
+    } else if (dx == nullptr) {
+      group_sums<false>(dy + at, x + at, x, weight + c, channels, a.S, s, own.G_w + c, own.G_b + c,
+                        total_hx, total_h);
+    } else {
+      group_sums<true>(dy + at, x + at, dx + at, weight + c, channels, a.S, s, own.G_w + c,
+                       own.G_b + c, total_hx, total_h);
+    }
+    if (a.constant) return {s, 0, 0};
+    return {s, s.rstd * s.rstd * (total_hx / static_cast<A>(size)),
+            s.rstd * (total_h / static_cast<A>(size))};
+  };
+  auto gradient_of = [&](int64_t b, int64_t g, const Group<A>& group, int64_t ahead) {
+    const auto& [s, slope, offset] = group;
+    int64_t c = g * channels, at = (b * a.C + c) * a.S;
+    if (a.S == 1) {
+      point_gradient(dy + at, x + at, dx + at, weight + c, channels, s, slope, offset);
+    } else {
+      group_gradient(dy + at, x + at, dx + at, weight + c, channels, a.S, ahead, s, slope, offset);
+    }
+  };
+
   parallel(pieces * ranges, [&](int64_t task) {
     Sums<A> own = sums(task / ranges);
     int64_t b_begin = task / ranges * examples;
     int64_t b_end = min_of(b_begin + examples, a.B);
     int64_t g_begin = task % ranges * groups;
     int64_t g_end = min_of(g_begin + groups, a.groups);
-    for (int64_t c = g_begin * channels; c < g_end * channels; ++c)
+    int64_t c_begin = g_begin * channels, c_end = g_end * channels;
+    for (int64_t c = c_begin; c < c_end; ++c)
       own.sum_w[c] = own.sum_b[c] = own.square_w[c] = own.square_b[c] = 0;
     for (int64_t b = b_begin; b < b_end; ++b) {
-      for (int64_t g = g_begin; g < g_end; ++g) {
-        Statistics<A> s = statistics_of(b, g);
-        int64_t c_begin = g * channels;
-        int64_t c_end = c_begin + channels;
-        int64_t first = (b * a.C + c_begin) * a.S;
-        A total_h = 0, total_hx = 0;
-        if (a.S == 1) {
-          point_sums(dy + first, x + first, weight + c_begin, channels, s, own.G_w + c_begin,
-                     own.G_b + c_begin, total_hx, total_h);
-        }
-        for (int64_t c = c_begin; c < c_end && a.S > 1; ++c) {
-          int64_t at = (b * a.C + c) * a.S;
-          A G_w, G_b;
-          channel_sums(dy + at, x + at, dx == nullptr ? nullptr : dx + at, a.S, s.mean, G_w, G_b);
-          G_w *= s.rstd;
-          own.G_w[c] = G_w;
-          own.G_b[c] = G_b;
-          total_hx += weight[c] * G_w;
-          total_h += weight[c] * G_b;
-        }
+      for (int64_t g = g_begin; g < g_end; g += together) {
+        Group<A> some[kTogether];
+        int64_t n = min_of(together, g_end - g);
+        for (int64_t i = 0; i < n; ++i) some[i] = sums_of(own, b, g + i);
         if (dx == nullptr) continue;
-        A slope = a.constant ? A{0} : s.rstd * s.rstd * (total_hx / static_cast<A>(size));
-        A offset = a.constant ? A{0} : s.rstd * (total_h / static_cast<A>(size));
-        if (a.S == 1) {
-          point_gradient(dy + first, x + first, dx + first, weight + c_begin, channels, s, slope,
-                         offset);
-          continue;
-        }
-        for (int64_t c = c_begin; c < c_end; ++c) {
-          int64_t at = (b * a.C + c) * a.S;
-          channel_gradient(dy + at, x + at, dx + at, a.S, ahead, s.mean, s.rstd * weight[c], slope,
-                           offset);
-        }
+        int64_t ahead = bytes > kFetched ? 0
+                        : g + n < g_end  ? n * size
+                                         : (a.groups - (g - g_begin)) * size;
+        for (int64_t i = 0; i < n; ++i) gradient_of(b, g + i, some[i], ahead);
       }
-      add_example(own, g_begin * channels, g_end * channels);
+      add_example(own, c_begin, c_end);
     }
+    for (int64_t c = c_begin; pieces == 1 && c < c_end; c += kCombined)
+      combine_columns<A>(a, c, min_of(c + kCombined, c_end), 1, 1, sums);
   });
-  combine<A>(a, a.C, pieces, 1, sums, parallel);
+  if (pieces > 1) combine<A>(a, a.C, pieces, 1, sums, parallel);
 }
 
 // Zeros for n elements of a possibly unwanted output.

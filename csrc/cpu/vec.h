@@ -84,6 +84,30 @@ PX_INLINE S sum(Vec<S> v) {
   return sum_halves<S, lanes<S> / 2>(v, std::make_integer_sequence<int, lanes<S>>{});
 }
 
+// The sums of L vectors, each in the lane of its number: a tree in which two vectors become one.
+template <class S, int count, int... lane>
+PX_INLINE Vec<S> sums_pairwise(const Vec<S>* v, std::integer_sequence<int, lane...> all) {
+  if constexpr (count == 1) {
+    return v[0];
+  } else {
+    // Lane i of `half` becomes the sum of two lanes of one vector: of the first where bit
+    // lanes / count of i is not set, else of the second.
+    constexpr int L = lanes<S>, bit = L / count;
+    Vec<S> half[count / 2];
+    for (int i = 0; i < count / 2; ++i) {
+      Vec<S> a = v[2 * i], b = v[2 * i + 1];
+      half[i] = __builtin_shufflevector(a, b, ((lane & bit) ? lane - bit + L : lane)...) +
+                __builtin_shufflevector(a, b, ((lane & bit) ? lane + L : lane + bit)...);
+    }
+    return sums_pairwise<S, count / 2>(half, all);
+  }
+}
+
+template <class S>
+PX_INLINE Vec<S> sums(const Vec<S>* v) {
+  return sums_pairwise<S, lanes<S>>(v, std::make_integer_sequence<int, lanes<S>>{});
+}
+
 // Storage types of half-precision inputs.
 struct bf16 {
   uint16_t bits;

@@ -43,6 +43,7 @@ LARGE = [
     ((2, 16, 4000), 16),
     ((3, 1100, 2), 1),
     ((2, 12, 130), 3),
+    ((5, 44, 21), 2),
 ]
 SHAPES = LAYER + GROUP
 shapes = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
