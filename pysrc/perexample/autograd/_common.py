@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
@@ -15,13 +16,16 @@ from ..ops._library import accumulate_dtype
 __all__ = [
     "add_small",
     "add_uses",
+    "apply",
     "autocast",
     "call_of",
+    "cast",
     "check_dtype",
     "one_use",
     "ops",
     "owned",
     "rows",
+    "shaped",
     "sum_positions",
 ]
 
@@ -47,6 +51,35 @@ def autocast(x: Tensor, *, low_precision: bool) -> tuple[torch.dtype, contextlib
     else:
         dtype = torch.float32 if device == "cuda" else x.dtype
     return dtype, torch.autocast(device, enabled=False)
+
+
+def apply(
+    function: type[Function], layer: str, x: Tensor, weight: Tensor | None, *rest: Any, low_precision: bool = True
+) -> Tensor:
+    """``function.apply(x, weight, *rest)``, in the dtype of autocast and without autocast inside, where that is on.
+
+    With `low_precision`, raises in the name of `layer` where the dtypes differ and no autocast reconciles them.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # nearly always, and some microseconds faster
+        if low_precision and weight is not None and x.dtype != weight.dtype:
+            check_dtype(layer, x, weight, contextlib.nullcontext())
+        return function.apply(x, weight, *rest)
+    dtype, context = autocast(x, low_precision=low_precision)
+    if low_precision and weight is not None:
+        check_dtype(layer, x, weight, context)
+    with context:
+        return function.apply(x.to(dtype), weight, *rest)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``; asking costs less than a call that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x.reshape(shape)``, likewise."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def check_dtype(layer: str, x: Tensor, weight: Tensor, context: object) -> None:

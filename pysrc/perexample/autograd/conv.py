@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, sum_positions
+from ._common import add_small, add_uses, apply, call_of, cast, one_use, ops, sum_positions
 
 __all__ = ["conv", "conv_transpose"]
 
@@ -37,9 +37,9 @@ class _Conv(Function):
         ctx.call = call_of(uses, "other", "other")
         ctx.geometry = (list(stride), list(padding), list(dilation), groups)
         ctx.grad_dtype = weight.dtype
-        weight = weight.to(x.dtype)
+        weight = cast(weight, x.dtype)
         ctx.save_for_backward(x, weight)
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else cast(bias, x.dtype)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
     @staticmethod
@@ -85,10 +85,8 @@ def conv(
     groups: int,
 ) -> Tensor:
     """``F.conv1d/2d/3d`` with second moments. x: (B, C, *in); zero padding of as many integers as dimensions."""
-    dtype, context = autocast(x, low_precision=True)
-    check_dtype("Conv", x, weight, context)
-    with context:
-        return _Conv.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, stride, padding, dilation, groups)
+    leaves = weight_leaf, bias_leaf, uses
+    return apply(_Conv, "Conv", x, weight, bias, *leaves, stride, padding, dilation, groups)
 
 
 class _ConvTranspose(Function):
@@ -112,9 +110,9 @@ class _ConvTranspose(Function):
         ctx.call = call_of(uses, "other", "other")
         ctx.geometry = (list(stride), list(padding), list(output_padding), list(dilation), groups)
         ctx.grad_dtype = weight.dtype
-        weight = weight.to(x.dtype)
+        weight = cast(weight, x.dtype)
         ctx.save_for_backward(x, weight)
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else cast(bias, x.dtype)
         return torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
     @staticmethod
@@ -157,10 +155,6 @@ def conv_transpose(
     groups: int,
 ) -> Tensor:
     """``F.conv_transpose1d/2d/3d`` with second moments. x: (B, C, *in)."""
-    dtype, context = autocast(x, low_precision=True)
-    check_dtype("ConvTranspose", x, weight, context)
     leaves = weight_leaf, bias_leaf, uses
-    with context:
-        return _ConvTranspose.apply(
-            x.to(dtype), weight, bias, *leaves, stride, padding, output_padding, dilation, groups
-        )
+    rest = stride, padding, output_padding, dilation, groups
+    return apply(_ConvTranspose, "ConvTranspose", x, weight, bias, *leaves, *rest)

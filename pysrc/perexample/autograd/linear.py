@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, owned, rows, sum_positions
+from ._common import add_small, add_uses, apply, call_of, cast, one_use, ops, owned, rows, sum_positions
 
 __all__ = ["input_major_linear", "linear"]
 
@@ -31,9 +31,9 @@ class _Linear(Function):
     ) -> Tensor:
         ctx.call = call_of(uses, "product", "other")
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
-        weight = weight.to(x.dtype)
+        weight = cast(weight, x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return owned(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+        return owned(F.linear(x, weight, None if bias is None else cast(bias, x.dtype)))
 
     @staticmethod
     @once_differentiable
@@ -68,10 +68,7 @@ def linear(
     batch_dim: int = 0,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` with second moments. x: (B, ..., I), the batch as dimension `batch_dim`."""
-    dtype, context = autocast(x, low_precision=True)
-    check_dtype("Linear", x, weight, context)
-    with context:
-        return _Linear.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, batch_dim)
+    return apply(_Linear, "Linear", x, weight, bias, weight_leaf, bias_leaf, uses, batch_dim)
 
 
 class _InputMajorLinear(Function):
@@ -90,9 +87,9 @@ class _InputMajorLinear(Function):
     ) -> Tensor:
         ctx.call = call_of(uses, "other", "other")
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
-        weight = weight.to(x.dtype)
+        weight = cast(weight, x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return owned(F.linear(x, weight.t(), bias.to(x.dtype)))
+        return owned(F.linear(x, weight.t(), cast(bias, x.dtype)))
 
     @staticmethod
     @once_differentiable
@@ -126,7 +123,4 @@ def input_major_linear(
     batch_dim: int = 0,
 ) -> Tensor:
     """``x @ weight + bias`` with second moments. x: (B, ..., I), the batch as dimension `batch_dim`; weight: (I, O)."""
-    dtype, context = autocast(x, low_precision=True)
-    check_dtype("Linear", x, weight, context)
-    with context:
-        return _InputMajorLinear.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, batch_dim)
+    return apply(_InputMajorLinear, "Linear", x, weight, bias, weight_leaf, bias_leaf, uses, batch_dim)

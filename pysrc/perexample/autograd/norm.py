@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
-from ._common import add_uses, autocast, call_of, one_use, ops, owned
+from ._common import add_uses, apply, call_of, one_use, ops, owned, shaped
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -22,13 +22,15 @@ def _statistics(x: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]) -
     """What the norm's op takes: statistics in the accumulation dtype, or None where only rounded ones exist."""
     if mean.dtype != accumulate_dtype(x.dtype) or x.dtype != mean.dtype:
         return None, None
-    return mean.reshape(shape), rstd.reshape(shape)
+    return shaped(mean, shape), shaped(rstd, shape)
 
 
 def _positions(x: Tensor, normalized: int, batch_dim: int) -> Tensor:
     """(B, ..., *normalized) -> (B, T, D)."""
     if batch_dim:
         x = x.movedim(batch_dim, 0)
+    if normalized == 1 and x.dim() == 3:
+        return x
     split = x.dim() - normalized
     return x.reshape(x.shape[0], x.shape[1:split].numel(), x.shape[split:].numel())
 
@@ -36,7 +38,7 @@ def _positions(x: Tensor, normalized: int, batch_dim: int) -> Tensor:
 def _unflatten(dx: Tensor, like: Tensor, batch_dim: int) -> Tensor:
     """The reverse of `_positions`, to the shape of `like`."""
     if not batch_dim:
-        return dx.reshape(like.shape)
+        return shaped(dx, like.shape)
     return dx.reshape(like.movedim(batch_dim, 0).shape).movedim(0, batch_dim)
 
 
@@ -74,7 +76,7 @@ class _LayerNorm(Function):
         else:
             mean, rstd = (_positions(s, ctx.normalized, ctx.batch_dim).squeeze(2) for s in (mean, rstd))
         tensors = (_positions(dy, ctx.normalized, ctx.batch_dim), rows, mean, rstd)
-        rest = (None if weight is None else weight.reshape(rows.shape[2]), ctx.eps)
+        rest = (None if weight is None else weight.flatten(), ctx.eps)
         results = _moments(ctx.call, ops.layer_norm_moments, tensors, rest, want)
         grads = _norm_grads(results, want, shape)
         dx = _unflatten(results[0], x, ctx.batch_dim) if want[0] else None
@@ -117,12 +119,12 @@ class _RMSNorm(Function):
         shape = x.shape[x.dim() - ctx.normalized :]
         rows = _positions(x, ctx.normalized, ctx.batch_dim)
         tensors = (_positions(dy.to(x.dtype), ctx.normalized, ctx.batch_dim), rows)
-        rest = (None, None if weight is None else weight.reshape(rows.shape[2]), ctx.eps)
+        rest = (None, None if weight is None else weight.flatten(), ctx.eps)
         dx, dw, dw_sq = _moments(ctx.call, ops.rms_norm_moments, tensors, rest, want)
         return (
             _unflatten(dx, x, ctx.batch_dim) if want[0] else None,
-            dw.reshape(shape) if want[1] else None,
-            dw_sq.reshape(shape) if want[1] and dw_sq is not None else None,
+            shaped(dw, shape) if want[1] else None,
+            shaped(dw_sq, shape) if want[1] and dw_sq is not None else None,
             one_use(dy, ctx.needs_input_grad[3]),
             None,
             None,
@@ -141,16 +143,17 @@ def _moments(
 
     `tensors` have the batch as dimension 0. The op returns dx, and for each parameter wanted its moments.
     """
-    results = list(op(*tensors, *rest, want))
-    if call is not None:
-        for which in range(len(want) - 1):
-            if want[1 + which]:
-                alone = [place == 1 + which for place in range(len(want))]
+    results = op(*tensors, *rest, want)
+    shared = [] if call is None else [i for i in range(len(want) - 1) if want[1 + i] and call.shared(i) is not None]
+    if shared:
+        results = list(results)
+        for which in shared:
+            alone = [place == 1 + which for place in range(len(want))]
 
-                def grad(*one: Tensor | None, place: int = 1 + 2 * which, alone: list[bool] = alone) -> Tensor:
-                    return op(*one, *rest, alone)[place]
+            def grad(*one: Tensor | None, place: int = 1 + 2 * which, alone: list[bool] = alone) -> Tensor:
+                return op(*one, *rest, alone)[place]
 
-                results[2 + 2 * which] = add_uses(call, which, results[2 + 2 * which], grad, *tensors)
+            results[2 + 2 * which] = add_uses(call, which, results[2 + 2 * which], grad, *tensors)
     return results
 
 
@@ -158,10 +161,10 @@ def _norm_grads(results: Sequence[Any], want: Sequence[bool], shape: Sequence[in
     """The gradients of weight, bias and their leaves."""
     _, dw, dw_sq, db, db_sq = results
     return (
-        dw.reshape(shape) if want[1] else None,
-        db.reshape(shape) if want[2] else None,
-        dw_sq.reshape(shape) if want[1] and dw_sq is not None else None,
-        db_sq.reshape(shape) if want[2] and db_sq is not None else None,
+        shaped(dw, shape) if want[1] else None,
+        shaped(db, shape) if want[2] else None,
+        shaped(dw_sq, shape) if want[1] and dw_sq is not None else None,
+        shaped(db_sq, shape) if want[2] and db_sq is not None else None,
     )
 
 
@@ -177,11 +180,8 @@ def layer_norm(
     batch_dim: int = 0,
 ) -> Tensor:
     """``F.layer_norm`` with second moments. x: (B, ..., *normalized_shape), the batch as dimension `batch_dim`."""
-    dtype, context = autocast(x, low_precision=False)
-    with context:
-        return _LayerNorm.apply(
-            x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, list(normalized_shape), eps, batch_dim
-        )
+    rest = bias, weight_leaf, bias_leaf, uses, list(normalized_shape), eps, batch_dim
+    return apply(_LayerNorm, "LayerNorm", x, weight, *rest, low_precision=False)
 
 
 def rms_norm(
@@ -334,9 +334,8 @@ def group_norm(
     eps: float,
 ) -> Tensor:
     """``F.group_norm`` with second moments. x: (B, C, ...)."""
-    dtype, context = autocast(x, low_precision=False)
-    with context:
-        return _GroupNorm.apply(x.to(dtype), weight, bias, weight_leaf, bias_leaf, uses, groups, eps)
+    rest = bias, weight_leaf, bias_leaf, uses, groups, eps
+    return apply(_GroupNorm, "GroupNorm", x, weight, *rest, low_precision=False)
 
 
 def instance_norm(
