@@ -53,6 +53,10 @@ def queries(net, x, p):
     return (q @ x.transpose(1, 2)).softmax(-1) @ x
 
 
+def tokens(x):
+    return (x.detach()[..., 0] * 3).long() % 5
+
+
 # x is (B, 5, 3) and comes out of a layer.
 CASES = {
     "cls and positions": (lambda n, x, c, p: torch.cat([c.expand(len(x), -1, -1), x], 1) + p, (1, 1, 3), (1, 6, 3)),
@@ -65,6 +69,18 @@ CASES = {
     "low rank": (lambda n, x, a, b: x @ (a @ b), (3, 2), (2, 4)),
     "used twice": (lambda n, x, w: (x @ w).tanh() @ w.t(), (3, 4)),
     "einsum": (lambda n, x, w: torch.einsum("bti,oi->bto", x, w), (2, 3)),
+    "einsum with an ellipsis": (lambda n, x, w: torch.einsum("...i,oi->...o", x, w), (2, 3)),
+    "einsum of positions": (lambda n, x, w: torch.einsum("b...i,st->bs", x, w), (2, 4)),
+    "matrix product": (lambda n, x, w: torch.mm(x[:, 1], w), (3, 2)),
+    "matrix product and bias": (lambda n, x, w, b: torch.addmm(b, x[:, 1], w, beta=0.5, alpha=2), (3, 2), (2,)),
+    "products of batches": (lambda n, x, w: torch.bmm(x, w.expand(len(x), 3, 2)), (3, 2)),
+    "products of batches and bias": (lambda n, x, w, b: torch.baddbmm(b, x, w.expand(len(x), 3, 2)), (3, 2), (2,)),
+    "look-up": (lambda n, x, w: x + F.embedding(tokens(x), w), (5, 3)),
+    "look-up with padding": (lambda n, x, w: x + F.embedding(tokens(x), w, 2), (5, 3)),
+    "look-up with padding from the end": (lambda n, x, w: x + F.embedding(tokens(x), w, padding_idx=-1), (5, 3)),
+    "look-up by torch": (lambda n, x, w: x + torch.embedding(w, tokens(x), 4), (5, 3)),
+    "look-up by torch without padding": (lambda n, x, w: x + torch.embedding(w, tokens(x)), (5, 3)),
+    "bags": (lambda n, x, w: x + F.embedding_bag(tokens(x), w, mode="sum", padding_idx=2)[:, None], (5, 3)),
     "softmax mix": (lambda n, x, a: x * a.softmax(0)[0] + x.sin() * a.softmax(0)[1], (2,)),
     "chunks": (lambda n, x, a: (lambda s, t: x * s + t)(*a.chunk(2, -1)), (6,)),
     "relative positions": (
@@ -108,6 +124,30 @@ def test_what_a_module_does_with_its_parameters(which):
         check(model, randn(batch, 5, 3))
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) * 3.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_subclass_of_embedding_with_padding(tied, batch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = ScaledEmbedding(4, 5, padding_idx=1), nn.Linear(5, 4)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.embed(tokens).tanh())
+
+    model = px.convert(Net().double())
+    check(model, torch.randint(0, 4, (batch, 6), generator=torch.Generator().manual_seed(0)))
+
+
 def test_no_examples():
     model = px.convert(Own(*CASES["cls and positions"]).double())
     weighted_sum(model(randn(0, 5, 3)), randn(0, 6, 3)).backward()
@@ -119,6 +159,8 @@ REFUSED = {
     "folded": (lambda n, x, p: x.flatten(0, 1) * p, "in a batch of 4|where the batch has 4 examples"),
     "unknown": (lambda n, x, p: torch.kron(x, p), "'kron'"),
     "autograd function": (lambda n, x, p: Times.apply(x, p), "an autograd Function"),
+    "look-up that mixes": (lambda n, x, p: F.embedding(tokens(x), p, scale_grad_by_freq=True), "scale_grad_by_freq"),
+    "a product in place": (lambda n, x, p: x[:, 1].clone().addmm_(x[:, 0], p.expand(3, 3)), "'addmm'"),
     "another layer's weight": (lambda n, x, p: (x * p) + p @ n.fc.weight, "a parameter read from another layer"),
     "batch second": (lambda n, x, p: x.transpose(0, 1) * p, "where the batch has 4 examples"),
 }

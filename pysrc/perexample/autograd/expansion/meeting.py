@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 from torch import Tensor
@@ -132,9 +133,9 @@ class Meeting(Mapping):
         operands = tree_flatten(rest)[0]
         if not any(carrier.requires_grad for carrier in carriers):
             return self.mapped()
-        if not isinstance(equation, str) or "->" not in equation or "." in equation or self.batch_dim:
-            self.refuse("only an equation with -> and without ... is understood")
-        left, result = equation.replace(" ", "").split("->")
+        if not isinstance(equation, str) or "->" not in equation or self.batch_dim:
+            self.refuse("only an equation with -> is understood")
+        left, result = _without_ellipsis(equation.replace(" ", ""), [operand.dim() for operand in operands])
         letter, carrying = result[:1], set()
         for letters, operand in zip(left.split(","), operands, strict=True):
             if isinstance(operand, PerExample) or letters[:1] != letter:
@@ -145,3 +146,16 @@ class Meeting(Mapping):
             else:
                 carrying.add(id(operand))
         return self.rowwise(carrying)
+
+
+def _without_ellipsis(equation: str, dims: list[int]) -> tuple[str, str]:
+    """The two sides of an einsum's equation, the dimensions that ... stands for named by letters of their own."""
+    left, result = equation.split("->")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    parts, most = left.split(","), 0
+    for i, (part, count) in enumerate(zip(parts, dims, strict=True)):
+        if "..." in part:
+            own = count - len(part) + 3
+            most = max(most, own)
+            parts[i] = part.replace("...", "".join(free[:own][::-1]))
+    return ",".join(parts), result.replace("...", "".join(free[:most][::-1]))

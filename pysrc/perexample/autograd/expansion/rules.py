@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -47,6 +48,13 @@ class Rule(Meeting):
             name = self.name
             if not isinstance(self.args[0], PerExample):
                 return self.func(*self.args, **self.kwargs)
+        if name == "embedding":
+            self.resolve_embedding()
+        if name in ("mm", "bmm"):
+            self.func, self.name = torch.matmul, "matmul"
+            name = self.name
+        if name in ("addmm", "baddbmm") and not names.in_place(self.func) and self.kwargs.keys() <= {"beta", "alpha"}:
+            return self.add_product(*self.args, **self.kwargs)
         flat, _ = tree_flatten((self.args, self.kwargs))
         if any(value.batch != self.batch for value in flat if isinstance(value, PerExample)):
             self.refuse("of another forward pass")
@@ -97,6 +105,28 @@ class Rule(Meeting):
         else:
             self.func, self.name, self.args = Tensor.to, "to", (first, other.device, other.dtype)
 
+    def resolve_embedding(self) -> None:
+        """Vectorised over copies of the weight, PyTorch's look-up forgets the padding: done apart here."""
+        by_torch = self.func is torch.embedding
+        first = ("weight", "indices", "padding_idx") if by_torch else ("input", "weight", "padding_idx", "max_norm", "")
+        given = dict(zip((*first, "scale_grad_by_freq", "sparse"), self.args, strict=False)) | self.kwargs
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if given.get(option):
+                self.refuse(f"with {option}")
+        padding, rows = given.get("padding_idx"), given["weight"].shape[0]
+        if padding is not None and padding < 0:
+            padding = None if by_torch else padding + rows
+        self.func, self.args, self.kwargs = look_up, (given["indices" if by_torch else "input"], given["weight"]), {}
+        if padding is not None:
+            self.kwargs = {"padding": padding}
+
+    def add_product(self, summand: Any, first: Any, second: Any, beta: float = 1, alpha: float = 1) -> Any:
+        """``beta summand + alpha (first @ second)``, one after the other."""
+        terms = []
+        for value, factor in ((summand, beta), (_again(torch.matmul, first, second), alpha)):
+            terms.append(value if factor == 1 else _again(torch.mul, value, factor))
+        return _again(torch.add, *terms)
+
     def set_item(self) -> None:
         """``x[:, i] = p``, and ``x[mask] = p`` with a mask (B, ...)."""
         target, index, value = self.args
@@ -118,3 +148,13 @@ class Rule(Meeting):
         if not (isinstance(parts[0], slice) and parts[0] == slice(None)) or any(isinstance(p, Tensor) for p in parts):
             self.refuse("with an index that does not keep the batch dimension first")
         target[index] = self.align(value, target[index].dim(), 0)
+
+
+def look_up(indices: Tensor, weight: Tensor, padding: int | None = None) -> Tensor:
+    """The rows `indices` of `weight`; that of `padding` without gradient."""
+    rows = F.embedding(indices, weight)
+    return rows if padding is None else torch.where((indices == padding).unsqueeze(-1), rows.detach(), rows)
+
+
+def _again(func: Callable[..., Any], *args: Any) -> Any:
+    return call(func, args, {}) if any(isinstance(value, PerExample) for value in args) else func(*args)
