@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 from models import Net, backward, half_square_mean, mlp, randn
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import perexample as px
 from perexample.testing import assert_moments, oracle
@@ -72,6 +74,26 @@ def twice():
     return nn.Sequential(layer, nn.Tanh(), layer)
 
 
+def weight_norm(module, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(module, name)
+
+
+def computed_out_proj():
+    attention = nn.MultiheadAttention(4, 2)
+    parametrizations.weight_norm(attention.out_proj)
+    return attention
+
+
+def sparse_weight():
+    layer = nn.Linear(3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+    return layer
+
+
 def frozen(module):
     return module.requires_grad_(False)
 
@@ -92,6 +114,15 @@ KEPT = (
     "keeps a parameter besides in its attribute 'all', where its uses could not be seen; reach it by its own name only"
 )
 QUANTISED = "its scale is quantised or of a special class (Special); train in floating point, or freeze it"
+IN_PROJ = (
+    "an attention of another class, or whose in_proj is computed (a parametrization); use "
+    "torch.nn.MultiheadAttention as it is, or freeze its parameters (requires_grad_(False))"
+)
+OUT_PROJ = (
+    "its out_proj (ParametrizedNonDynamicallyQuantizableLinear) is no plain linear layer; remove the parametrization, "
+    "or freeze the parameters of both (requires_grad_(False))"
+)
+SPARSE_WEIGHT = "its weight is sparse (torch.sparse_csr), which has no second moment here; make it dense, or freeze it"
 FOREIGN = "its weight is a tensor that is no parameter; make it a torch.nn.Parameter"
 
 # model, the lines of the message after the first; the module that is refused comes after a Linear that would be served.
@@ -105,6 +136,13 @@ REFUSED = {
     "kept twice": (KeptTwice, [f"1 (KeptTwice): {KEPT}"]),
     "integer parameter": (Quantised, [f"1 (Quantised): {QUANTISED}"]),
     "foreign tensor": (ForeignWeight, [f"1 (ForeignWeight): {FOREIGN}"]),
+    "LSTM with a computed weight": (lambda: weight_norm(nn.LSTM(3, 3), "weight_hh_l0"), [f"1 (LSTM): {RECURRENT}"]),
+    "attention with a computed in_proj": (
+        lambda: parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"),
+        [f"1 (ParametrizedMultiheadAttention): {IN_PROJ}"],
+    ),
+    "attention with a computed out_proj": (computed_out_proj, [f"1 (MultiheadAttention): {OUT_PROJ}"]),
+    "sparse weight": (sparse_weight, [f"1 (Linear): {SPARSE_WEIGHT}"]),
     "max_norm": (lambda: nn.Embedding(3, 3, max_norm=1.0), [f"1 (Embedding): {MAX_NORM}"]),
     "scale_grad_by_freq": (lambda: nn.Embedding(3, 3, scale_grad_by_freq=True), [f"1 (Embedding): {BY_FREQ}"]),
     "sparse": (lambda: nn.Embedding(3, 3, sparse=True), [f"1 (Embedding): {SPARSE}"]),

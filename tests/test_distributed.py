@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch.distributed as dist
-from models import X, Y, adam, backward, mlp, raises
+from models import X, Y, adam, backward, mlp, raises, randn
 from torch import nn
 
 import perexample as px
@@ -59,7 +59,15 @@ def test_dtensors_are_refused_and_plain_layers_beside_them_are_not(mesh):
     assert [row.how for row in table] == ["refused", "kernel"]
     with raises(
         ValueError,
-        "px.convert: 1 of 2 modules cannot be served exactly:\n  0 (Linear): its weight is a DTensor: convert first "
-        "and shard afterwards (fully_shard); tensor parallelism is not supported",
+        "px.convert: 1 of 2 modules cannot be served exactly:\n  0 (Linear): its weight is a DTensor: "
+        "tensor-parallel and sharded parameters are not supported; train with plain ones, or freeze it",
     ):
         px.convert(model)
+    model = px.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    with raises(
+        ValueError,
+        "0: its weight has become a DTensor: tensor-parallel and sharded parameters are not supported; train with "
+        "plain ones, freeze it, or use px.no_moments()",
+    ):
+        model(randn(3, 4).float())

@@ -388,3 +388,25 @@ def test_a_recipe_for_a_class_of_ones_own():
     for arguments in ((Project, Project), (Project, px.nn.Linear), (3, MomentProject)):
         with pytest.raises(TypeError, match=r"^px\.register: "):
             px.register(*arguments)
+
+
+class RootNorm(nn.Module):
+    """Named like a norm by the root of the mean square, and one in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(3)), 1e-6
+
+    def forward(self, x):
+        y = self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return y.relu() if self.training else y
+
+
+RootNorm.__name__ = "DropRMSNorm"
+
+
+def test_a_lookalike_in_eval_mode_alone_gets_no_kernel():
+    for training in (True, False):
+        model = nn.Sequential(RootNorm()).train(training)
+        assert px.convert(model, dry_run=True)[0].how == "exact fallback"
+        assert model[0].training is training

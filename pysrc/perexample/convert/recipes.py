@@ -143,13 +143,19 @@ def _computes(module: nn.Module, width: int, formula: Callable[..., Tensor]) -> 
     }
     x = torch.randn(2, 3, width, generator=generator).to(next(iter(parameters.values())).device)
     x[:, 0] *= 1e-3
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            found = torch.func.functional_call(module, parameters, (x,))
-            expected = formula(x, **parameters)
-        except Exception:  # whatever it is, it is not that
-            return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+    training = module.training
+    try:
+        for module.training in (True, False):  # it may have a dropout
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                found = torch.func.functional_call(module, parameters, (x,))
+                expected = formula(x, **parameters)
+            if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+                return False
+            # Another formula differs in the first digits, this one in the last.
+            if ((found - expected).abs() > torch.finfo(x.dtype).eps ** 0.5 * (1 + expected.abs())).any():
+                return False
+    except Exception:  # whatever it is, it is not that
         return False
-    # Another formula differs in the first digits, this one in the last.
-    return bool(((found - expected).abs() <= torch.finfo(x.dtype).eps ** 0.5 * (1 + expected.abs())).all())
+    finally:
+        module.training = training
+    return True

@@ -78,7 +78,22 @@ def served_by_kernel(module: nn.Module) -> bool:
 
 def _computed(module: nn.Module) -> str:
     """A weight of `module` that is no parameter of its own but computed (weight_norm, pruning, ...)."""
-    for name in ("weight", "bias"):
+    names: tuple[str, ...] = ("weight", "bias")
+    if isinstance(module, nn.RNNBase):
+        names = tuple(module._flat_weights_names)
+    elif isinstance(module, nn.RNNCellBase):
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    elif isinstance(module, nn.MultiheadAttention):
+        names = (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+            "bias_k",
+            "bias_v",
+        )
+    for name in names:
         if module._parameters.get(name) is None and isinstance(getattr(module, name, None), Tensor):
             return name
     return ""
@@ -139,11 +154,22 @@ def _refusal(module: nn.Module, own: dict[str, Tensor], examples: ExampleCount |
         if isinstance(value, Tensor) and value.requires_grad and value.is_leaf and not isinstance(module, Fallback):
             return f"its {computed} is a tensor that is no parameter; make it a torch.nn.Parameter"
     if served_by_kernel(module):
+        out_proj = module.out_proj if isinstance(module, nn.MultiheadAttention) else None
+        if out_proj is not None and not served_by_kernel(out_proj):
+            return (
+                f"its out_proj ({type(out_proj).__name__}) is no plain linear layer; remove the parametrization, or "
+                f"freeze the parameters of both (requires_grad_(False))"
+            )
         return ""
     if isinstance(module, nn.RNNBase):
         return (
             "a recurrent layer that keeps its weights in a list besides; build it from cells (torch.nn.LSTMCell, "
             "GRUCell, RNNCell), or freeze its parameters (requires_grad_(False))"
+        )
+    if type(module).forward is nn.MultiheadAttention.forward:
+        return (
+            "an attention of another class, or whose in_proj is computed (a parametrization); use "
+            "torch.nn.MultiheadAttention as it is, or freeze its parameters (requires_grad_(False))"
         )
     for attribute, value in module.__dict__.items():
         if attribute not in ("_parameters", "_modules", "_buffers", "_moments"):
@@ -161,9 +187,11 @@ def _unusual(name: str, p: Tensor) -> str:
     kind = type(p)
     if kind.__name__ == "DTensor" or hasattr(p, "device_mesh"):
         return (
-            f"its {name} is a DTensor: convert first and shard afterwards (fully_shard); tensor parallelism is not "
-            f"supported"
+            f"its {name} is a DTensor: tensor-parallel and sharded parameters are not supported; train with plain "
+            f"ones, or freeze it"
         )
+    if p.layout != torch.strided:
+        return f"its {name} is sparse ({p.layout}), which has no second moment here; make it dense, or freeze it"
     if p.is_quantized or not (p.is_floating_point() or p.is_complex()) or kind is not nn.Parameter:
         what = kind.__name__ if kind is not nn.Parameter else str(p.dtype)
         return f"its {name} is quantised or of a special class ({what}); train in floating point, or freeze it"

@@ -239,6 +239,11 @@ class MomentModule(nn.Module):
 
     def _eager_leaf(self, name: str, p: Tensor, moment: Moment) -> tuple[Tensor | None, Uses | None]:
         if not moment.fits(p):
+            if hasattr(p, "device_mesh"):
+                raise ValueError(
+                    f"{self._label()}: its {name} has become a DTensor: tensor-parallel and sharded parameters are not "
+                    f"supported; train with plain ones, freeze it, or use px.no_moments()"
+                )
             self._bind(name)
             moment = self._moments[name]
         if self._examples.batch is not None:
