@@ -76,6 +76,15 @@ struct Moments {
     store(sum, sum_dtype, index, g);
     static_cast<A*>(sum_sq)[index] = s;
   }
+  // The same without a branch.
+  PX_DEVICE void put_if(bool wanted, int64_t index, float g, float s) const {
+    const bool f32 = sum_dtype == DType::f32, f64 = sum_dtype == DType::f64;
+    const uint16_t half = sum_dtype == DType::bf16 ? to_bf16(g).bits : to_f16(g).bits;
+    store_if(wanted && f32, static_cast<float*>(sum) + index, g);
+    store_if(wanted && f64, static_cast<double*>(sum) + index, static_cast<double>(g));
+    store_if(wanted && !f32 && !f64, static_cast<uint16_t*>(sum) + index, half);
+    store_if(wanted, static_cast<float*>(sum_sq) + index, s);
+  }
 };
 
 inline void zero(const Moments& m, int64_t count, DType inputs, void* stream) {
@@ -115,21 +124,45 @@ struct Matrix {
   Moments moments;
   int64_t outputs, inputs;  // of one group
 
-  // Columns c and c + 1 of a row.
-  template <class X>
-  PX_DEVICE void put_pair(const X& x, int64_t group, int64_t row, int64_t c, float g0, float g1,
-                          float s0, float s1) const {
-    if (row >= outputs || c >= inputs) return;
-    int64_t first = (group * outputs + row) * inputs;
-    if (std::is_same_v<X, Strided> && moments.sum_dtype == DType::f32 && inputs % 2 == 0) {
-      *reinterpret_cast<float2*>(static_cast<float*>(moments.sum) + first + c) =
-          make_float2(g0, g1);
-      *reinterpret_cast<float2*>(static_cast<float*>(moments.sum_sq) + first + c) =
-          make_float2(s0, s1);
-      return;
+  // Columns c and c + 1 of a row, where they exist. `paired`: see below. Without branches: the
+  // kernels do this for every register, and compilers take minutes over hundreds of branches.
+  template <bool kPaired, class X>
+  PX_DEVICE void put_pair(const X& x, int64_t group, int64_t row, int64_t c, const float* g,
+                          const float* s) const {
+    const bool exists = row < outputs && c < inputs;
+    const int64_t first = (group * outputs + row) * inputs;
+    if constexpr (kPaired) {
+      store_if(exists, static_cast<float*>(moments.sum) + first + c, g[0], g[1]);
+      store_if(exists, static_cast<float*>(moments.sum_sq) + first + c, s[0], s[1]);
+    } else {
+      moments.put_if(exists, first + x.result(c), g[0], s[0]);
+      moments.put_if(exists && c + 1 < inputs, first + x.result(c + 1), g[1], s[1]);
     }
-    moments.put(first + x.result(c), g0, s0);
-    if (c + 1 < inputs) moments.put(first + x.result(c + 1), g1, s1);
+  }
+  // Whether neighbours in a row can be written as one vector of float32.
+  template <class X>
+  PX_DEVICE bool paired() const {
+    return std::is_same_v<X, Strided> && moments.sum_dtype == DType::f32 && inputs % 2 == 0;
+  }
+
+  // kCount registers of a thread, from `first_register` on, of the tile that begins at (row,
+  // column).
+  template <class Layout, int kCount, class X>
+  PX_DEVICE void put(const X& x, int64_t group, int64_t row, int64_t column, int thread,
+                     int first_register, const float* g, const float* s) const {
+    auto put_all = [&](auto paired) {
+#pragma unroll
+      for (int r = 0; r < kCount; r += 2) {
+        int r_row, r_column;
+        Layout::position(thread, first_register + r, r_row, r_column);
+        put_pair<decltype(paired)::value>(x, group, row + r_row, column + r_column, g + r, s + r);
+      }
+    };
+    if (paired<X>()) {
+      put_all(std::true_type{});
+    } else {
+      put_all(std::false_type{});
+    }
   }
 };
 
@@ -192,13 +225,8 @@ __global__ void __launch_bounds__(kAddThreads, 4)
   Job j = job(plan, plan.whole + cut * per_tile);
   int thread = static_cast<int>(vector % Layout::kThreads);
   int first = static_cast<int>(vector / Layout::kThreads) * 4;
-#pragma unroll
-  for (int r = 0; r < 4; r += 2) {
-    int row, column;
-    Layout::position(thread, first + r, row, column);
-    out.put_pair(x, j.group, j.row * Layout::kRows + row, j.column * Layout::kColumns + column,
-                 g[r], g[r + 1], s[r], s[r + 1]);
-  }
+  out.put<Layout, 4>(x, j.group, j.row * Layout::kRows, j.column * Layout::kColumns, thread, first,
+                     g, s);
 }
 
 template <class Layout, class X>

@@ -385,12 +385,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       write_slot<typename Tile::Layout>(workspace + j.slot * slot_vectors<typename Tile::Layout>(),
                                         thread, g, s, plan.chunks == 1);
     } else {
-#pragma unroll
-      for (int r = 0; r < Tile::kRegisters; r += 2) {
-        int r_row, r_column;
-        Tile::position(thread, r, r_row, r_column);
-        out.put_pair(x, j.group, row + r_row, column + r_column, g[r], g[r + 1], s[r], s[r + 1]);
-      }
+      out.put<typename Tile::Layout, Tile::kRegisters>(x, j.group, row, column, thread, 0, g, s);
     }
   }
 }

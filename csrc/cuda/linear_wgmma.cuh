@@ -306,13 +306,8 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
       write_slot<typename Tile::Layout>(workspace + j.slot * slot_vectors<typename Tile::Layout>(),
                                         in_cluster, g, s, plan.chunks == 1);
     } else {
-#pragma unroll
-      for (int r = 0; r < 64; r += 2) {
-        int row, column;
-        Tile::position(in_cluster, r, row, column);
-        out.put_pair(x, 0, j.row * Tile::kRows + row, j.column * Tile::kColumns + column, g[r],
-                     g[r + 1], s[r], s[r + 1]);
-      }
+      out.put<typename Tile::Layout, 64>(x, 0, j.row * Tile::kRows, j.column * Tile::kColumns,
+                                         in_cluster, 0, g, s);
     }
   }
 }

@@ -155,6 +155,38 @@ PX_DEVICE int opaque(int x) {
   return x;
 }
 
+// Store to global memory where `wanted`, without a branch.
+PX_DEVICE void store_if(bool wanted, float* to, float x) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %2, 0;\n@wanted st.global.f32 [%0], %1;\n}"
+      :
+      : "l"(to), "f"(x), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+PX_DEVICE void store_if(bool wanted, double* to, double x) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %2, 0;\n@wanted st.global.f64 [%0], %1;\n}"
+      :
+      : "l"(to), "d"(x), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+PX_DEVICE void store_if(bool wanted, uint16_t* to, uint16_t x) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %2, 0;\n@wanted st.global.u16 [%0], %1;\n}"
+      :
+      : "l"(to), "h"(x), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+// Two neighbours, 8 bytes aligned.
+PX_DEVICE void store_if(bool wanted, float* to, float x, float y) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %3, 0;\n@wanted st.global.v2.f32 [%0], {%1, "
+      "%2};\n}"
+      :
+      : "l"(to), "f"(x), "f"(y), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 // ---- Device: shared memory and the mma.sync kernels ---------------------------------------------
 
 PX_DEVICE uint32_t shared_address(const void* p) {

@@ -33,9 +33,6 @@
 #define PX_DEVICE inline
 #define PX_SHARED_MEMORY(name) unsigned char* name = emulation::memory().data()
 
-struct float2 {
-  float x, y;
-};
 struct float4 {  // faults where it is not aligned, as on a GPU
   float x, y, z, w;
   float4(float x_, float y_, float z_, float w_) : x(x_), y(y_), z(z_), w(w_) {}
@@ -54,7 +51,6 @@ struct float4 {  // faults where it is not aligned, as on a GPU
     return -65536 < distance && distance < 65536;
   }
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index {
   unsigned x = 0;
@@ -338,6 +334,16 @@ inline uint32_t to_tf32(float x) {
 
 inline void trap() { emulation::fail("trap"); }
 inline int opaque(int x) { return x; }
+
+template <class T>
+void store_if(bool wanted, T* to, T x) {
+  if (wanted) *to = x;
+}
+inline void store_if(bool wanted, float* to, float x, float y) {
+  if (!wanted) return;
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) emulation::fail("misaligned vector");
+  to[0] = x, to[1] = y;
+}
 
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulation::memory().data());
