@@ -10,6 +10,7 @@ from . import _gate, _kernels
 TITLE = "Embedding table, both moments ÷ aten.embedding_dense_backward"
 _op = torch.ops.perexample.embedding_moments
 _stock = torch.ops.aten.embedding_dense_backward
+_stock_bag = torch.ops.aten._embedding_bag_dense_backward
 
 
 def _check(dy: Tensor, indices: Tensor, rows: int) -> None:
@@ -34,10 +35,37 @@ def _case(batch: int, positions: int, rows: int, width: int) -> _kernels.Case:
     )
 
 
+def _bag_case(bags: int, length: int, rows: int, width: int) -> _kernels.Case:
+    """Sums over bags of one length: all positions of a bag have its gradient."""
+
+    def make() -> tuple[Tensor, ...]:
+        indices, dy = torch.randint(rows, (bags, length)), torch.randn(bags, width)
+        flat, offsets = indices.flatten(), torch.arange(0, bags * length, length)
+        _, _, sizes, largest = torch.embedding_bag(torch.randn(rows, width), flat, offsets)
+        bag_of = torch.arange(bags).repeat_interleave(length)
+        return dy, dy.unsqueeze(1).expand(bags, length, width), indices, flat, bag_of, sizes, largest
+
+    return _kernels.Case(
+        f"bags B={bags} T={length} V={rows} D={width}",
+        make,
+        lambda dy, positions, indices, flat, bag_of, sizes, largest: _stock_bag(
+            dy, flat, bag_of, sizes, largest, rows, False, 0, None
+        ),
+        lambda dy, positions, indices, *rest: _op(positions, indices, rows),
+        lambda dy, positions, indices, *rest: _check(positions, indices, rows),
+        1.15,
+    )
+
+
 def cases(full: bool) -> list[_kernels.Case]:
     """The default shapes, and with `full` more of them."""
     small = [_case(8, 128, 1024, 512), _case(8, 128, 50257, 768)]
-    large = [_case(8, 1024, 50257, 768), _case(64, 64, 256, 256), _case(128, 1, 10000, 64)]
+    large = [
+        _case(8, 1024, 50257, 768),
+        _case(64, 64, 256, 256),
+        _case(128, 1, 10000, 64),
+        _bag_case(64, 32, 10000, 64),
+    ]
     return small + large if full else small
 
 

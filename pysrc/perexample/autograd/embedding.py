@@ -111,7 +111,8 @@ class _EmbeddingBag(Function):
             # One row more for the filler, where no index of the table is free for it.
             number = weight.shape[0]
             dw, dw_sq = ops.embedding_moments(positions, table, max(number, filler + 1), filler, weight.dtype)
-            dw, dw_sq = dw[:number], dw_sq[:number]
+            if filler == number:
+                dw, dw_sq = dw[:number], dw_sq[:number]
             shared = None if ctx.call is None else ctx.call.shared(0)
             if shared is not None:
                 nothing = table == filler
