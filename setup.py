@@ -1,7 +1,7 @@
 """Builds the kernels: `perexample/_kernels.so` (the ops; no Python) and `perexample._info` (build facts).
 
-Every source in csrc/cpu is compiled once per CPU capability and chosen at run time. Without a C++ compiler the package
-installs in pure Python. build_support/ninja_file.py says what is compiled, and when CUDA is.
+Sources in csrc/cpu are compiled once per CPU capability that makes a difference, and chosen at run time. Without a C++
+compiler the package installs in pure Python. build_support/ninja_file.py says what is compiled, and when CUDA is.
 """
 
 import os
