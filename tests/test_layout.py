@@ -12,6 +12,7 @@ import perexample as px
 from perexample.testing import assert_moments, oracle
 
 SAME = 4  # examples, positions and features alike
+ORDER = torch.tensor([2, 0, 3, 1])
 
 
 class Model(nn.Module):
@@ -47,6 +48,21 @@ MOVED = {
     "joined": lambda h: torch.cat([h.transpose(0, 1), h.transpose(0, 1)], 2)[..., :SAME],
     "stacked": lambda h: torch.stack([h[:, 0].t(), h[:, 1].t()], 1),
     "split": lambda h: h.transpose(0, 1).unbind(1)[0],
+    "halves": lambda h: h.transpose(0, 1).chunk(2, 1)[0],
+    "rolled": lambda h: h.transpose(0, 1).roll(1, 1),
+    "indexed": lambda h: h.transpose(0, 1)[:, ORDER],
+    "rows by index": lambda h: h.transpose(0, 1)[ORDER],
+    "index_select": lambda h: h.transpose(0, 1).index_select(1, ORDER),
+    "topk": lambda h: h.transpose(0, 1).topk(2, 1)[0],
+    "maximum": lambda h: h.transpose(0, 1).max(1)[0],
+    "deviation": lambda h: h.transpose(0, 1).std(1),
+    "repeated": lambda h: h.transpose(0, 1).repeat(1, 2, 1),
+    "pooled": lambda h: F.max_pool1d(h.transpose(0, 1), 1, stride=2).repeat(1, 1, 2),
+    "enlarged": lambda h: F.interpolate(h.transpose(0, 1), scale_factor=2)[:, :, :SAME],
+    "diagonal": lambda h: h.transpose(0, 1).diagonal(0, 1, 2),
+    "windows": lambda h: h.transpose(0, 1).unfold(1, 2, 2)[..., 0],
+    "positions stacked": lambda h: torch.stack([h[:, t] for t in range(SAME)]),
+    "product of folded": lambda h: torch.tensordot(h.transpose(0, 1), torch.eye(SAME).double(), 1),
 }
 KEPT = {
     "as it is": lambda h: h,
@@ -66,6 +82,10 @@ KEPT = {
     "einsum": lambda h: torch.einsum("bij,bkj->bik", h, h),
     "padded": lambda h: F.pad(h, (0, 0, 1, 0))[:, :-1],
     "rows by index": lambda h: h[torch.arange(len(h))],
+    "last positions": lambda h: h[torch.arange(len(h)), -1 * torch.ones(len(h)).long()],
+    "examples stacked": lambda h: torch.stack([row.tanh() for row in h]),
+    "product of folded": lambda h: torch.tensordot(h, torch.eye(SAME).double(), 1),
+    "windows": lambda h: h.unfold(1, 2, 2).transpose(2, 3).flatten(1, 2),
 }
 
 
@@ -104,6 +124,15 @@ class TestWithAKernel:
         with pytest.raises(ValueError, match="dimension 1 is not the batch: 'transpose' put another one there"):
             model(torch.randn(SAME, SAME, SAME))
 
+    def test_recurrent_layers_and_bags_say_where_their_batch_is(self):
+        model = convert(lambda m, h: m.second(m.scan(h)[0].transpose(0, 1)), nn.Linear(3, 3))
+        model.scan = nn.GRU(SAME, 3, batch_first=True)
+        with pytest.raises(ValueError, match="dimension 0 is not the batch"):
+            px.convert(model.double())(randn(SAME, SAME, SAME))
+        bags = px.convert(nn.Sequential(nn.EmbeddingBag(9, SAME), Turned(), nn.Linear(SAME, 3)))
+        with pytest.raises(ValueError, match="dimension 0 is not the batch"):
+            bags(torch.arange(8).view(SAME, 2))
+
     def test_sequence_first_recurrence_turns_its_input_by_right(self):
         model = convert(
             lambda m, h: m.second(h.transpose(0, 1))[0].transpose(0, 1), nn.LSTM(SAME, SAME, batch_first=False)
@@ -118,7 +147,7 @@ class TestTheFallback:
         with pytest.raises(ValueError, match="as long as the batch but not the batch"):
             model(randn(SAME, SAME, SAME))
 
-    @pytest.mark.parametrize("how", [how for how in KEPT if how != "rows by index"])
+    @pytest.mark.parametrize("how", [how for how in KEPT if how not in ("rows by index", "last positions")])
     def test_kept_is_exact(self, how):
         exact(convert(lambda m, h: KEPT[how](h) * m.scale), randn(SAME, SAME, SAME))
 

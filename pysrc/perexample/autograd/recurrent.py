@@ -130,6 +130,7 @@ class _Recurrent(Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         steps, batch, _ = x.shape
+        ctx.batch_dim = 1
         ctx.call = call_of(uses, "product", "product", "other", "other", "product")
         ctx.grad_dtypes = [None if p is None else p.dtype for p in parameters[:5]]
         w = Parameters(*(None if p is None else p.to(x.dtype) for p in parameters[:5]))

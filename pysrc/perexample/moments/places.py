@@ -1,0 +1,143 @@
+"""Where a dimension of the output of an operation was in its input, by what autograd remembers of the operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["MOVES", "Place", "before"]
+
+MOVES = {"PermuteBackward": "'permute'", "TransposeBackward": "'transpose'", "TBackward": "'t'"}
+
+_RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
+_UNCLEAR = ("CopySlices", "AsStrided", "Trilinear", "Cdist")
+_BROADCAST = tuple(
+    "Add Sub Rsub Mul Div Where Maximum Minimum Pow Lerp Addcmul Addcdiv Expand Repeat Copy Clamp MaskedFill Atan2 "
+    "Xlogy Fmod Remainder".split()
+)
+_PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear")
+
+
+class Place(NamedTuple):
+    """The batch within a tensor: index b is ``(i // step) % B``, with i the index along dimension `dim`.
+
+    `step` is 1 but where the batch is folded into a longer dimension.
+    """
+
+    dim: int
+    step: int
+
+
+def before(node: Any, number: int, place: Place, following: Any, index: int, batch: int) -> Place | None:
+    """Where `place` of output `number` of `node` was in its input, output `index` of `following`; None if unknown."""
+    outputs, inputs = _shapes(node), _shapes(following)
+    if number >= len(outputs) or index >= len(inputs):
+        return None
+    after, shape = outputs[number], inputs[index]
+    operation = node.name().rstrip("0123456789").removesuffix("Backward")
+    if operation in _RESHAPES:
+        return _reshaped(place, after, shape, batch)
+    dim = _dim(node, operation, place.dim, after, shape, following)
+    if dim is None or not 0 <= dim < len(shape) or shape[dim] != after[place.dim]:
+        return None
+    return Place(dim, place.step)
+
+
+def _shapes(node: Any) -> list[Sequence[int]]:
+    """The shapes of what `node` made in the forward pass."""
+    if hasattr(node, "variable"):
+        return [node.variable.shape]
+    return [metadata.shape for metadata in node._input_metadata]
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value  # autograd hands out negative numbers so
+
+
+def _reshaped(place: Place, after: Sequence[int], shape: Sequence[int], batch: int) -> Place | None:
+    """The place with as many elements between one example and the next."""
+    stride = math.prod(after[place.dim + 1 :]) * place.step
+    for dim, size in enumerate(shape):
+        inner = math.prod(shape[dim + 1 :])
+        if inner and inner <= stride < inner * size:
+            step = stride // inner
+            return Place(dim, step) if stride % inner == 0 and size % (step * batch) == 0 else None
+    return None
+
+
+def _dim(node: Any, operation: str, dim: int, after: Sequence[int], shape: Sequence[int], following: Any) -> int | None:
+    dims = len(shape)
+    if f"{operation}Backward" in MOVES:
+        return _permutation(node, operation, dims)[dim]
+    if operation in _UNCLEAR:
+        return None
+    if operation in ("Select", "Unbind"):
+        return dim + (dim >= _signed(node._saved_dim) % dims)
+    if operation == "Stack":
+        stacked = _signed(node._saved_dim) % len(after)
+        return None if dim == stacked else dim - (dim > stacked)
+    if operation in _PRODUCTS:
+        return _multiplied(node, operation, dim, len(after), following)
+    if operation.endswith("Convolution") or "Attention" in operation:
+        return dim if dim == 0 and following is node.next_functions[0][0] else None
+    if operation == "Index":
+        return _indexed(node._saved_indices, dim, dims)
+    if operation == "Diagonal":
+        return _remaining((node._saved_dim1, node._saved_dim2), dim, dims)
+    if len(after) < dims and hasattr(node, "_saved_keepdim"):
+        saved = node._saved_dim
+        return None if saved is None else _remaining((saved,) if isinstance(saved, int) else saved, dim, dims)
+    if operation == "Sum":
+        return None  # of everything
+    if operation == "Unfold":
+        return dim
+    if operation.startswith(_BROADCAST):
+        return dim - (len(after) - dims)
+    # Whatever else it is, it does not move dimensions; PyTorch's own (their names end in a number) also if some change
+    # in length.
+    if tuple(shape) == tuple(after) or (len(shape) == len(after) and node.name()[-1:].isdigit()):
+        return dim
+    return None
+
+
+def _permutation(node: Any, operation: str, dims: int) -> list[int]:
+    order = list(range(dims))
+    if operation == "Permute":
+        return [_signed(dim) % dims for dim in node._saved_dims]
+    first, second = (0, dims - 1) if operation == "T" else (_signed(node._saved_dim0), _signed(node._saved_dim1))
+    order[first % dims], order[second % dims] = order[second % dims], order[first % dims]
+    return order
+
+
+def _remaining(gone: Sequence[int], dim: int, dims: int) -> int | None:
+    """What number `dim` is of the dimensions that are not `gone`."""
+    without = {_signed(d) % dims for d in gone}
+    left = [i for i in range(dims) if i not in without]
+    return left[dim] if dim < len(left) else None
+
+
+def _indexed(indices: Sequence[torch.Tensor | None], dim: int, dims: int) -> int | None:
+    """Of ``x[indices]``: what tensors have indexed stands where the first of them is, or first if they are apart."""
+    where = [i for i, index in enumerate(indices) if index is not None]
+    size = max(index.dim() for index in indices if index is not None)
+    begin = where[0] if where[-1] - where[0] + 1 == len(where) else 0
+    if begin <= dim < begin + size:
+        return where[0] if len(where) == 1 and size == 1 else None  # rows in another order, or which not is known
+    left = [i for i in range(dims) if i not in where]
+    number = dim if dim < begin else dim - size
+    return left[number] if number < len(left) else None
+
+
+def _multiplied(node: Any, operation: str, dim: int, dims: int, following: Any) -> int | None:
+    """Of ``self @ other``: rows come from the first, columns from the second, and what precedes them from both."""
+    factors = [item for item, _ in node.next_functions][1 if operation in ("Addmm", "Baddbmm") else 0 :]
+    if operation == "Linear":
+        return dim if dim < dims - 1 and following is factors[0] else None
+    if dim == dims - 1:
+        return dim if following is factors[1] and following is not factors[0] else None
+    if dim == dims - 2:
+        return dim if following is factors[0] else None
+    return dim
