@@ -113,6 +113,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
         return None
     batch, used = examples.batch, examples.used
+    _refuse_lone_row(module, examples, _tensors((args, kwargs)), output)
     examples.end_pass()
     if not module.training and all(how == WITHOUT for how in used.values()):
         if used:
@@ -143,6 +144,23 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _refuse_lone_row(module: nn.Module, examples: ExampleCount, inputs: Iterator[Tensor], output: Any) -> None:
+    """Raise where the input that told the batch has one row, and another one and the output have the same number, more.
+
+    A layer with a kernel would have noticed; parameters of one copy go with anything.
+    """
+    if examples.batch != 1 or not examples.uses or any(uses.expanded is None for uses in examples.uses.values()):
+        return
+    dim = examples.batch_dim
+    made = {value.shape[dim] for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.dim() > dim}
+    given = {value.shape[dim] for value in inputs if value.dim() > dim}
+    for rows in sorted((made & given) - {1}):
+        raise ValueError(
+            f"{type(module).__name__}: its first input has 1 row, so the batch is taken to have 1 example, but another "
+            f"input and the output have {rows}; pass the input with the batch first, or expand the first to {rows} rows"
+        )
 
 
 def _look(outputs: list[Tensor], examples: ExampleCount, used: dict[str, str]) -> None:
