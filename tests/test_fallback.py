@@ -144,12 +144,12 @@ def test_a_subclass_of_embedding_with_padding(tied, batch):
         def forward(self, tokens):
             return self.head(self.embed(tokens).tanh())
 
-    model = px.convert(Net())
+    model = px.convert(Net().double())
     check(model, torch.randint(0, 4, (batch, 6), generator=torch.Generator().manual_seed(0)))
 
 
 def test_no_examples():
-    model = px.convert(Own(*CASES["cls and positions"]))
+    model = px.convert(Own(*CASES["cls and positions"]).double())
     weighted_sum(model(randn(0, 5, 3)), randn(0, 6, 3)).backward()
     assert all(p.sum_grad_squared is None or not p.sum_grad_squared.any() for p in model.parameters())
 
@@ -183,7 +183,7 @@ class Times(torch.autograd.Function):
 @pytest.mark.parametrize("which", REFUSED)
 def test_what_has_no_rule_is_refused_by_name(which):
     compute, message = REFUSED[which]
-    model = px.convert(Own(compute, (3,)))
+    model = px.convert(Own(compute, (3,)).double())
     with pytest.raises(ValueError, match=rf"^Own\.p0: no way is known to give each example .*({message})"):
         model(randn(4, 5, 3)).sum().backward()
 
@@ -215,7 +215,7 @@ COMPUTED = {
 @pytest.mark.parametrize("wrap", COMPUTED)
 def test_computed_weights(wrap):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), COMPUTED[wrap](nn.Linear(3, 3)))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), COMPUTED[wrap](nn.Linear(3, 3))).double()
     px.convert(model)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
 
@@ -248,7 +248,7 @@ def test_checkpointing_over_unequal_micro_batches(reentrant):
         def forward(self, x):
             return checkpoint(self.own, x, use_reentrant=reentrant) if self.repeat else self.own(x)
 
-    model = px.convert(Net())
+    model = px.convert(Net().double())
     x, y = randn(6, 5, 3), randn(6, 5, 3, seed=1)
     expected = oracle(Net(False), weighted_sum, x, y, reduction="sum")
     for rows in (slice(0, 1), slice(1, 6)):
@@ -261,7 +261,7 @@ def test_checkpointing_over_unequal_micro_batches(reentrant):
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies(how):
-    model = px.convert(nn.Sequential(nn.Linear(3, 3), nn.PReLU(), Scale()))
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), nn.PReLU(), Scale()).double())
     twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     for net in (model, twin):
         check(net, randn(4, 3))
@@ -280,7 +280,7 @@ class Scale(nn.Module):
 
 
 def test_a_part_called_by_itself_is_noticed_by_the_step():
-    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()))
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
     opt = adam(model)
     model[1](model(randn(4, 3))).sum().backward()
     with pytest.raises(RuntimeError, match="outside of the converted model as well as inside"):
@@ -288,7 +288,7 @@ def test_a_part_called_by_itself_is_noticed_by_the_step():
 
 
 def test_eval_and_no_moments_leave_parameters_as_they_are():
-    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()))
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
     assert type(model[1].weight) is nn.Parameter
     for context in (px.no_moments(), torch.no_grad()):
         with context:
@@ -300,7 +300,7 @@ def test_eval_and_no_moments_leave_parameters_as_they_are():
 
 def test_large_copies_are_announced_once(monkeypatch):
     monkeypatch.setattr(px.nn.fallback, "_LARGE", 64)
-    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()))
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale()).double())
     with pytest.warns(
         UserWarning, match=r"^1\.weight: the exact fallback keeps one gradient per example.*0 MB for 4 ex"
     ):
@@ -311,7 +311,7 @@ def test_large_copies_are_announced_once(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_around_the_fallback():
     torch.compiler.reset()
-    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale(), nn.Linear(3, 2)))
+    model = px.convert(nn.Sequential(nn.Linear(3, 3), Scale(), nn.Linear(3, 2)).double())
     x, y = randn(4, 3), randn(4, 2, seed=1)
     expected = oracle(model, weighted_sum, x, y, reduction="sum")
     backward(torch.compile(model, backend="aot_eager"), x, target=y, loss_fn=weighted_sum)
@@ -330,7 +330,7 @@ class TestBatchNorm:
             "1 (BatchNorm2d): 3 groups; running statistics dropped",
             "3 (BatchNorm1d): 27 groups; running statistics dropped",
         ]
-        px.convert(model, batchnorm="group")
+        px.convert(model.double(), batchnorm="group")
         assert isinstance(model[1], nn.GroupNorm) and model[1].weight is weight
         assert set(model.state_dict()) == {"0.weight", "1.weight", "1.bias"}
         check(model, randn(3, 3, 5, 5))
@@ -349,7 +349,7 @@ def test_sequence_first_models(batch):
             return self.head(self.own(self.ln(self.fc(h).tanh()))[0])
 
     torch.manual_seed(0)
-    model = px.convert(Net(), batch_dim=1)
+    model = px.convert(Net().double(), batch_dim=1)
     tokens, y = torch.randint(0, 9, (5, batch)), randn(batch, 2)
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     with px.no_moments():
@@ -382,7 +382,7 @@ def test_a_recipe_for_a_class_of_ones_own():
 
     assert px.convert(Project(), dry_run=True)[0].how == "exact fallback"
     px.register(Project, MomentProject)
-    model = px.convert(Project())
+    model = px.convert(Project().double())
     assert type(model) is MomentProject
     check(model, randn(4, 3))
     for arguments in ((Project, Project), (Project, px.nn.Linear), (3, MomentProject)):
@@ -412,7 +412,7 @@ def test_a_lookalike_in_eval_mode_alone_gets_no_kernel():
         assert model[0].training is training
 
 
-class Scaled(nn.Module):
+class TimesInput(nn.Module):
     """No layer with a kernel, and a first input that need not have the batch."""
 
     def __init__(self):
@@ -424,8 +424,8 @@ class Scaled(nn.Module):
 
 
 def test_a_first_input_of_one_row_beside_a_batch_is_refused():
-    model, x = px.convert(Scaled().double()), randn(4, 5)
-    with pytest.raises(ValueError, match=r"^Scaled: its first input has 1 row, .* input and the output have 4; pass"):
+    model, x = px.convert(TimesInput().double()), randn(4, 5)
+    with pytest.raises(ValueError, match=r"^TimesInput: its first input has 1 row, .* output have 4; pass"):
         model(torch.ones(1, dtype=x.dtype), x)
     model(torch.ones(4, 1, dtype=x.dtype), x).sum().backward()
     expected = x.square().T @ torch.ones(4, 3, dtype=x.dtype)

@@ -113,3 +113,18 @@ def test_a_parameter_whose_data_was_replaced_gets_a_fitting_second_moment():
     backward(model, X.float(), target=Y.float())
     assert all(p.sum_grad_squared.dtype == torch.float32 for p in model.parameters())
     adam(model).step()
+
+
+def test_parameters_whose_contents_conversion_swaps_keep_their_hooks(model):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer = adam(model)
+    for _ in range(2):  # the second time on gradients that were cleared in between
+        expected = oracle(model, half_square_mean, X, Y)
+        backward(model, X, target=Y)
+        assert_moments(model, expected)
+        optimizer.step()
+        optimizer.zero_grad()

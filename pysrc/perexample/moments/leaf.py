@@ -200,6 +200,9 @@ class Moment:
                 p.register_hook(self._before_parameter),
                 p.register_post_accumulate_grad_hook(self._after_parameter),
             ]
+            # After torch.utils.swap_tensors the hooks are there, but autograd does not know of them until they are set.
+            p._backward_hooks = p._backward_hooks
+            p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
             p.requires_grad_(not frozen)
         self.examples.follow(p.device)
 
