@@ -107,8 +107,10 @@ def compiled(row: Row, tile: Tile) -> tuple[Tile, list[str]]:
             made = [ahead.compile_linear(row.arch, row.key, dtype, tile)]
             found += ahead.linear_problems(made[0], row.key, tile._replace(resident=1))
         else:
-            made = [ahead.compile_conv(row.arch, row.key, size, tile) for size in (1, 3)]
-            found += [p for each in made for p in ahead.conv_problems(each, row.key, tile._replace(resident=1))]
+            made = []
+            for size, odd in ahead.CONVOLUTIONS:
+                made.append(ahead.compile_conv(row.arch, row.key, size, tile, odd=odd))
+                found += ahead.conv_problems(made[-1], row.key, size, tile._replace(resident=1), odd=odd)
         resident = min(resident, *(each.resident for each in made))
     return tile._replace(resident=max(1, resident)), found
 

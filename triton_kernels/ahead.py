@@ -73,6 +73,7 @@ class Compiled:
     warnings: tuple[str, ...]  # of ptxas: C75xx says that it serialised wgmma
     loops: int
     pending: int  # products in flight where the next begins (wgmma)
+    buffers: int  # accumulators that products take in turn (tcgen05)
     wgmma: int
     tcgen05: int
     mma: int
@@ -87,14 +88,16 @@ class Compiled:
         registers = -(-self.registers // 8) * 8 * self.warps * 32
         return min(REGISTERS_PROCESSOR // registers, SHARED_PROCESSOR[self.arch] // (self.shared + 1024))
 
-    def problems(self, *, resident: int = 1, tensor_cores: bool = False, pipelined: bool = False) -> list[str]:
+    def problems(
+        self, *, resident: int = 1, tensor_cores: bool = False, pipelined: bool = False, overlapped: bool = False
+    ) -> list[str]:
         """What is wrong with it, for every kernel of this library and for what is expected of this one.
 
         Args:
             resident: so many programs have to fit into a multiprocessor.
             tensor_cores: its products have to use those of the architecture.
-            pipelined: a loop over blocks that runs on across examples: one loop, the next product issued before the
-                last is done (wgmma), no load that waits.
+            pipelined: one loop, that runs on across examples, and loads that do not wait.
+            overlapped: the next product is issued before the last is done (wgmma, tcgen05).
         """
         product = {80: self.mma, 90: self.wgmma, 100: self.tcgen05}[self.arch]
         found = {
@@ -106,7 +109,8 @@ class Compiled:
             f"{self.atomics} atomic operations": self.atomics > 0,
             "no product on tensor cores": tensor_cores and product == 0,
             f"{self.loops} loops": pipelined and self.loops != 1,
-            "every product waits for the one before": pipelined and self.wgmma > 0 and self.pending == 0,
+            "every product waits for the one before": overlapped
+            and ((self.wgmma > 0 and self.pending == 0) or (self.tcgen05 > 0 and self.buffers < 2)),
             "loads are not asynchronous": pipelined and self.tma + self.copies == 0,
         }
         return [what for what, wrong in found.items() if wrong]
@@ -120,6 +124,7 @@ def read(kernel: Any, name: str, arch: int, log: str) -> Compiled:
     if spilled is None or registers is None:
         raise RuntimeError(f"{name}: ptxas said nothing of registers:\n{log}")
     pending = [int(n) for n in re.findall(r"warp_group_dot_wait[^{]*\{[^}]*pendings = (\d+)", ir)]
+    buffers = [int(n) for n in re.findall(r"tmem_alloc.*memdesc<(\d+)x\d+x\d+xf32", ir)]
     return Compiled(
         name=name,
         arch=arch,
@@ -131,6 +136,7 @@ def read(kernel: Any, name: str, arch: int, log: str) -> Compiled:
         warnings=tuple(re.findall(r"\((C7\d+)\)", log)),
         loops=ir.count("scf.for") + ir.count("scf.while"),
         pending=max(pending, default=0),
+        buffers=max(buffers, default=1),
         wgmma=ptx.count("wgmma.mma_async"),
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
@@ -176,6 +182,8 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
 # ---- Rows of the tables ----------------------------------------------------------------------------
 
 LinearRow = tuple[str, str, int]  # a key of configs.LINEAR
+# Kernel sizes, and whether all other sizes are odd, for which a row of configs.CONV has to suit.
+CONVOLUTIONS = ((1, False), (3, False), (3, True))
 
 
 @contextlib.contextmanager
@@ -227,29 +235,50 @@ def compile_linear(arch: int, row: LinearRow, dtype: torch.dtype, tile: configs.
 def linear_problems(compiled: Compiled, row: LinearRow, tile: configs.Tile) -> list[str]:
     """What is wrong with the kernel of a row of configs.LINEAR."""
     kernel, kind, positions = row
+    # Where rows have odd lengths, 2-byte elements cannot be copied asynchronously.
+    pipelined = not (kernel.endswith("unaligned") and kind == "half")
     found = compiled.problems(
         resident=tile.resident,
         tensor_cores=kind != "float32",
-        # Where rows have odd lengths, 2-byte elements cannot be copied asynchronously.
-        pipelined=positions == 0 and (kernel, kind) != ("pointer, unaligned", "half"),
+        pipelined=pipelined,
+        overlapped=pipelined and positions == 0,  # else every product is an example's, and read at once
     )
     if kernel == "descriptor" and compiled.tma == 0:
         found.append("no TMA")
-    if compiled.loops != 1:
+    if not pipelined and compiled.loops != 1:
         found.append("several loops")
     return found
 
 
-def compile_conv(arch: int, kind: str, kernel_size: int, tile: configs.Tile | None = None) -> Compiled:
-    """The kernel that serves a row of configs.CONV, of a 2-d convolution, with another tile if one is given."""
+def compile_conv(
+    arch: int, kind: str, kernel_size: int, tile: configs.Tile | None = None, *, odd: bool = False
+) -> Compiled:
+    """The kernel that serves a row of configs.CONV, of a 2-d convolution, with another tile if one is given.
+
+    Args:
+        arch: 80, 90 or 100.
+        kind: of the row.
+        kernel_size: in both dimensions.
+        tile: in place of the row's.
+        odd: all sizes are odd, so that nothing can be loaded in vectors.
+    """
     dtype = torch.bfloat16 if kind == "half" else torch.float32
-    dy, x = (torch.empty(64, channels, 32, 32, dtype=dtype) for channels in (128, 64))
+    dy, x = (torch.empty(64, channels - odd, 32 - odd, 32 - odd, dtype=dtype) for channels in (128, 64))
     with row_is(configs.CONV, arch, kind, tile), multiplying(kind), compiling(arch) as made:
         conv.conv_moments(dy, x, [kernel_size] * 2, [1, 1], [kernel_size // 2] * 2, [1, 1], 1, False)
     return made[0]
 
 
-def conv_problems(compiled: Compiled, kind: str, tile: configs.Tile) -> list[str]:
+def conv_problems(
+    compiled: Compiled, kind: str, kernel_size: int, tile: configs.Tile, *, odd: bool = False
+) -> list[str]:
     """What is wrong with the kernel of a row of configs.CONV."""
-    found = compiled.problems(resident=tile.resident, tensor_cores=kind != "float32")
-    return found + (["several loops"] if compiled.loops != 1 else [])
+    pipelined = not (kind == "half" and odd)  # 2-byte elements cannot be copied asynchronously one by one
+    found = compiled.problems(
+        resident=tile.resident,
+        tensor_cores=kind != "float32",
+        pipelined=pipelined,
+        # A border makes those of x go through registers, and with them every product.
+        overlapped=pipelined and not (kind == "half" and kernel_size > 1),
+    )
+    return found + (["several loops"] if not pipelined and compiled.loops != 1 else [])

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 GROUP = 8
 # Elements of a program that adds up the parts of a batch.
 ADD_PARTS = 1024
-BIAS = Rows(outputs=128, elements=4096, warps=4, programs=4)
+BIAS = Rows(outputs=128, elements=2048, warps=4, programs=4)
 # The affine part of a norm, and the elements of a row taken at once.
 NORM = Rows(outputs=64, elements=2048, warps=4, programs=4)
 NORM_ROW = 2048
@@ -89,13 +89,13 @@ LINEAR: dict[int, LinearTable] = {
         ("descriptor", "half", 0): Tile(128, 128, 64, 8, 3, 1),
         ("pointer", "half", 64): Tile(64, 128, 64, 4, 3, 2),
         ("pointer", "half", 0): Tile(128, 128, 64, 8, 3, 1),
-        ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
+        ("pointer, unaligned", "half", 0): Tile(64, 64, 16, 4, 3, 2),
         ("one position", "half", 1): Tile(128, 128, 16, 8, 2, 1),
         ("one position, unaligned", "half", 1): Tile(64, 64, 32, 4, 3, 2),
         ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
         ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
         ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
-        ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
+        ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 3, 2),
         ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
         ("pointer, unaligned", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
         ("one position", "tf32", 1): Tile(64, 64, 32, 4, 3, 2),
@@ -130,14 +130,14 @@ CONV: dict[int, dict[str, Tile]] = {
         "tf32": Tile(64, 32, 32, 4, 2, 2),
     },
     90: {
-        "half": Tile(64, 64, 32, 4, 3, 2),
+        "half": Tile(64, 64, 16, 4, 3, 2),
         "float32": Tile(64, 32, 16, 4, 2, 2),
         "tf32": Tile(64, 32, 32, 4, 2, 2),
     },
     100: {
         "half": Tile(64, 64, 32, 4, 3, 2),
         "float32": Tile(64, 32, 16, 4, 2, 2),
-        "tf32": Tile(64, 32, 32, 4, 2, 2),
+        "tf32": Tile(64, 32, 16, 4, 3, 2),
     },
 }
 # Architecture -> what bench/tune_triton.py measured its rows on; the rows of others are untuned.

@@ -14,7 +14,7 @@ from .linear import offset_dtype, product, store_tile, tile_of
 from .reduce import bias_moments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "examples"])
 def _implicit_gemm(
     dy, x, dw, dw_sq, batch, positions, outputs, inputs, examples, groups, channels,
     out_2, out_3, in_1, in_2, in_3, dy_b, dy_o, dy_1, dy_2, dy_3, x_b, x_c, x_1, x_2, x_3,
@@ -78,7 +78,7 @@ def _implicit_gemm(
     store_tile(dw, dw_sq, total, total_sq, o, i, outputs, inputs, whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "examples"])
 def _depthwise(
     dy, x, dw, dw_sq, batch, positions, outputs, multiplier, examples,
     out_2, out_3, in_1, in_2, in_3, dy_b, dy_o, dy_1, dy_2, dy_3, x_b, x_c, x_1, x_2, x_3,

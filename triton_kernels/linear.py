@@ -1,10 +1,13 @@
 """Linear (MATHS 3, 4): ``G_b[o,i] = sum_t dy[b,t,o] x[b,t,i]``, ``dw = sum_b G_b``, ``dw_sq = sum_b G_b**2``.
 
 Three kernels. In each a program owns a tile of (outputs, inputs) and one part of the batch, and keeps accumulators in
-registers: G of the example under way, and both sums over examples. Nothing of size B·O·I exists.
+registers: G of the example under way, and both sums over examples. Nothing of size B·O·I exists. One compiled kernel
+serves all sizes of a batch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -44,7 +47,7 @@ def store_tile(dw, dw_sq, total, total_sq, o, i, outputs, inputs, part):
     tl.store(dw_sq + at, total_sq, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "positions", "examples"])
 def _descriptor(
     dy, x, dw, dw_sq, batch, positions, outputs, inputs, examples,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -86,7 +89,7 @@ def _descriptor(
     store_tile(dw, dw_sq, total, total_sq, o, i, outputs, inputs, part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "positions", "examples"])
 def _pointer(
     dy, x, dw, dw_sq, batch, positions, outputs, inputs, examples, dy_b, dy_t, dy_o, x_b, x_t, x_i,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -129,7 +132,7 @@ def _pointer(
     store_tile(dw, dw_sq, total, total_sq, o, i, outputs, inputs, part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # the examples of a part are a multiple of BB
 def _one_position(
     dy, x, dw, dw_sq, batch, outputs, inputs, examples, dy_b, dy_o, x_b, x_i,
     BO: tl.constexpr, BI: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr,
@@ -211,20 +214,19 @@ def offset_dtype(*reaches: int) -> tl.dtype:
     return tl.int32 if max(reaches) < 2**31 else tl.int64
 
 
-def choose(dy: Tensor, x: Tensor) -> tuple[str, configs.Tile]:
-    """The kernel and its tile for dy (B, T, O) and x (B, T, I), from shapes, strides, dtype and architecture alone."""
+def choose(dy: Tensor, x: Tensor) -> tuple[str, str, int]:
+    """The row of configs.LINEAR for dy (B, T, O) and x (B, T, I): from shapes, strides, dtype, architecture alone."""
     arch = _launch.device_of(dy).arch
     table, kind, positions = configs.LINEAR[arch], _kind(dy.dtype), dy.shape[1]
     aligned = _aligned(dy, x)
     if positions == 1:
-        return "one position", table["one position" if aligned else "one position, unaligned", kind, 1]
+        return "one position" if aligned else "one position, unaligned", kind, 1
     if kind == "half" and arch >= 90 and _describable(dy) and _describable(x):
         kernel = "descriptor"
     else:
-        kernel = "pointer"
-    name = kernel if kernel == "descriptor" or aligned else "pointer, unaligned"
-    short = [most for row, dtype, most in table if (row, dtype) == (name, kind) and most >= positions]
-    return kernel, table[name, kind, min(short, default=0)]
+        kernel = "pointer" if aligned else "pointer, unaligned"
+    short = [most for name, dtype, most in table if (name, dtype) == (kernel, kind) and most >= positions]
+    return kernel, kind, min(short, default=0)
 
 
 def linear_moments(
@@ -248,44 +250,42 @@ def linear_moments(
     if batch * positions * outputs * inputs == 0:
         return *_launch.zero_moments((outputs, inputs), dy, dtype), *columns
 
-    kernel, tile = choose(dy, x)
-    device = _launch.device_of(dy)
-    tiles = _launch.cdiv(outputs, tile.outputs) * _launch.cdiv(inputs, tile.inputs)
-    unit = tile.positions if kernel == "one position" else 1
-    units = _launch.cdiv(batch, unit)
-    parts = _launch.split(units, tiles, tile.resident * device.processors, outputs * inputs, unit)
-    contracted = 0 if kernel == "one position" else 1
-    offset = offset_dtype(
-        (tile.positions - 1) * dy.stride(contracted) + (tile.outputs - 1) * dy.stride(2),
-        (tile.positions - 1) * x.stride(contracted) + (tile.inputs - 1) * x.stride(2),
-    )
-    precision = "tf32" if _kind(dy.dtype) == "tf32" else "ieee"
+    row, device = choose(dy, x), _launch.device_of(dy)
+    tile, kernel = configs.LINEAR[device.arch][row], row[0].removesuffix(", unaligned")
     meta = {
-        "BO": tile.outputs, "BI": tile.inputs, "GROUP": configs.GROUP, "INTERPRET": _launch.INTERPRET,
+        "BO": tile.outputs, "BI": tile.inputs, "GROUP": configs.GROUP,
+        "PRECISION": "tf32" if row[1] == "tf32" else "ieee", "INTERPRET": _launch.INTERPRET,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+    # Examples that stay together.
+    unit = tile.positions if kernel == "one position" else 1
+    program: Any
+    if kernel == "one position":
+        program, dy, x, sizes = _one_position, dy[:, 0], x[:, 0], (batch, outputs, inputs)
+        meta["BB"] = tile.positions
+        if dy.dtype == torch.float16:  # its square has 22 bits: two tf32
+            meta["PRECISION"] = "tf32x3"
+    else:
+        program, sizes = _descriptor if kernel == "descriptor" else _pointer, (batch, positions, outputs, inputs)
+        meta |= {"BT": tile.positions, "ONE_BLOCK": row[2] > 0}
+    if kernel == "descriptor":
+        operands: tuple[Any, ...] = (
+            _descriptor_of(dy, tile.positions, tile.outputs), _descriptor_of(x, tile.positions, tile.inputs),
+        )  # fmt: skip
+        strides: tuple[int, ...] = ()
+    else:
+        operands, strides = (dy, x), (*dy.stride(), *x.stride())
+        meta["OFFSET"] = offset_dtype(
+            (tile.positions - 1) * dy.stride(-2) + (tile.outputs - 1) * dy.stride(-1),
+            (tile.positions - 1) * x.stride(-2) + (tile.inputs - 1) * x.stride(-1),
+        )
+    tiles = _launch.cdiv(outputs, tile.outputs) * _launch.cdiv(inputs, tile.inputs)
+    programs = tile.resident * device.processors
+    parts = _launch.split(_launch.cdiv(batch, unit), tiles, programs, outputs * inputs, unit)
 
     def run(dw: Tensor, dw_sq: Tensor) -> None:
         grid = (tiles, parts.count)
-        if kernel == "descriptor":
-            _launch.launch(
-                _descriptor, grid, _descriptor_of(dy, tile.positions, tile.outputs),
-                _descriptor_of(x, tile.positions, tile.inputs), dw, dw_sq, batch, positions, outputs, inputs,
-                parts.examples, BT=tile.positions, ONE_BLOCK=positions <= tile.positions, PRECISION=precision, **meta,
-            )  # fmt: skip
-        elif kernel == "pointer":
-            _launch.launch(
-                _pointer, grid, dy, x, dw, dw_sq, batch, positions, outputs, inputs, parts.examples,
-                *dy.stride(), *x.stride(), BT=tile.positions, ONE_BLOCK=positions <= tile.positions, OFFSET=offset,
-                PRECISION=precision, **meta,
-            )  # fmt: skip
-        else:
-            _launch.launch(
-                _one_position, grid, dy, x, dw, dw_sq, batch, outputs, inputs, parts.examples,
-                dy.stride(0), dy.stride(2), x.stride(0), x.stride(2), BB=tile.positions, OFFSET=offset,
-                # The square of a float16 has 22 bits: two tf32.
-                PRECISION="tf32x3" if dy.dtype == torch.float16 else precision, **meta,
-            )  # fmt: skip
+        _launch.launch(program, grid, *operands, dw, dw_sq, *sizes, parts.examples, *strides, **meta)
 
     return *_launch.with_moments(run, (outputs, inputs), dy, dtype, parts.count), *columns
 

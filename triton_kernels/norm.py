@@ -106,7 +106,7 @@ def _scaled(
     tl.store(dx + b * dx_b + c * dx_c + s * dx_s, h, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "examples"])
 def _affine(
     dy, x, mean, rstd, dw, dw_sq, batch, positions, features, examples, dy_b, dy_p, dy_f, x_b, x_p, x_f,
     stat_b, stat_p, stat_f, together, BP: tl.constexpr, BF: tl.constexpr, MEAN: tl.constexpr,

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _launch, configs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "examples"])
 def _bias(
     dy, db, db_sq, batch, positions, outputs, dy_b, dy_t, dy_o, examples, BT: tl.constexpr, BO: tl.constexpr
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _bias(
     tl.store(db_sq + out, total_sq, mask=o < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _add_parts(workspace, out, out_sq, parts, size, BLOCK: tl.constexpr):
     """sum_k workspace[0, k] and sum_k workspace[1, k], in the order of k: the same bits on every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -70,16 +70,74 @@ def test_a_pipeline_broken_at_every_example_is_caught():
     assert any("loops" in problem for problem in ahead.linear_problems(made[0], row, configs.LINEAR[90][row]))
 
 
-def test_long_distances_do_not_spill():
+@pytest.mark.parametrize("arch", configs.LINEAR)
+def test_products_that_miss_the_tensor_cores_are_caught(arch):
+    row = ("pointer", "float32", 0)  # which has no tensor cores: what if it were to have them?
+    compiled = ahead.compile_linear(arch, row, torch.float32)
+    tile = configs.LINEAR[arch][row]
+    assert ahead.linear_problems(compiled, ("pointer", "tf32", 0), tile) == ["no product on tensor cores"]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in configs.LINEAR if arch >= 90])
+def test_products_that_wait_for_the_one_before_are_caught(arch):
+    row = ("descriptor", "half", 64)  # one product for each example, which is read at once
+    compiled = ahead.compile_linear(arch, row, torch.bfloat16)
+    found = ahead.linear_problems(compiled, ("descriptor", "half", 0), configs.LINEAR[arch][row])
+    assert found == ["every product waits for the one before"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_loads_that_wait_are_caught(arch):
+    row = ("pointer", "half", 0)
+    tile = configs.LINEAR[arch][row]._replace(stages=1)
+    found = ahead.linear_problems(ahead.compile_linear(arch, row, torch.bfloat16, tile), row, tile)
+    assert "loads are not asynchronous" in found
+
+
+def test_loads_that_are_not_tma_are_caught():
+    row = ("pointer", "half", 64)
+    compiled = ahead.compile_linear(90, row, torch.bfloat16)
+    assert ahead.linear_problems(compiled, ("descriptor", "half", 64), configs.LINEAR[90][row]) == ["no TMA"]
+
+
+@triton.jit
+def _with_an_atomic(dw):
+    tl.atomic_add(dw, 1.0)
+
+
+def test_atomic_operations_are_caught():
+    with ahead.compiling(90) as made:
+        _launch.launch(_with_an_atomic, (1,), torch.empty(1))
+    assert made[0].problems() == ["1 atomic operations"]
+
+
+@pytest.mark.parametrize("arch", configs.LINEAR)
+def test_long_distances_do_not_spill(arch):
+    row = ("pointer, unaligned", "half", 0)  # of all the rows those with the fewest registers to spare
     with mock.patch.object(linear, "offset_dtype", lambda *reaches: tl.int64):
-        compiled = ahead.compile_linear(90, ("pointer, unaligned", "half", 0), torch.bfloat16)
-    assert compiled.spills < 512, compiled  # a rare layout: slower, but not without bounds
+        compiled = ahead.compile_linear(arch, row, torch.bfloat16)
+    found = ahead.linear_problems(compiled, row, configs.LINEAR[arch][row])
+    assert not found, (found, compiled)
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [("pointer, unaligned", "float32"), ("one position", "half")])
+def test_any_batch_runs_what_was_compiled_for_its_row(kernel, kind):
+    """No other kernel where there is one example, where one fits a block, or where there is an even number of them."""
+    row = (kernel, kind, int(kernel == "one position"))
+    sizes = [(1, 1), (7, 1), (16, 1), (4096, 1)] if row[2] else [(1, 2), (1, 1023), (7, 3), (16, 21), (64, 63)]
+    with ahead.multiplying(kind), ahead.compiling(90) as made:
+        for batch, positions in sizes:
+            dy, x = ahead.operands(row, (768, 3072, batch, positions), DTYPES[kind][0])
+            linear.linear_moments(dy, x, False)
+    first, *others = (compiled for compiled in made if compiled.name != "_add_parts")
+    assert len(others) == len(sizes) - 1 and all(other is first for other in others)
 
 
 def test_sums_of_parts_and_biases_compile_well():
     for arch in configs.LINEAR:
         with ahead.compiling(arch) as made:
             reduce.bias_moments(torch.empty(512, 64, 768, dtype=torch.bfloat16))
+            reduce.bias_moments(torch.empty(7, 96, 31, dtype=torch.float64).mT)  # of a norm over positions, odd
             reduce.add_parts(torch.empty(2, 4, 768, 768), torch.empty(768, 768), torch.empty(768, 768))
         assert [c.name for c in made][:1] == ["_bias"]
         for compiled in made:

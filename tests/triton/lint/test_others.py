@@ -12,13 +12,11 @@ every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 @every_arch
 @pytest.mark.parametrize("kind", configs.CONV[90])
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_convolution(arch, kind, kernel_size):
-    if kernel_size == 1 and (kind, arch) != ("half", 90):
-        return  # the same products with fewer addresses
-    compiled = ahead.compile_conv(arch, kind, kernel_size)
+@pytest.mark.parametrize(("kernel_size", "odd"), ahead.CONVOLUTIONS)
+def test_convolution(arch, kind, kernel_size, odd):
+    compiled = ahead.compile_conv(arch, kind, kernel_size, odd=odd)
     assert compiled.name == "_implicit_gemm"
-    found = ahead.conv_problems(compiled, kind, configs.CONV[arch][kind])
+    found = ahead.conv_problems(compiled, kind, kernel_size, configs.CONV[arch][kind], odd=odd)
     assert not found, (found, compiled)
 
 
@@ -38,12 +36,14 @@ def test_what_only_adds_up(arch):
         assert not compiled.problems(), compiled
 
 
-def test_cells():
-    with ahead.compiling(90) as made:
-        gates, states, weight = (torch.zeros(size, dtype=torch.bfloat16) for size in ((1, 8, 64), (2, 8, 16), (64, 16)))
+@every_arch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cells(arch, dtype):
+    with ahead.compiling(arch) as made:
+        gates, states, weight = (torch.zeros(size, dtype=dtype) for size in ((1, 8, 64), (2, 8, 16), (64, 16)))
         recurrent.lstm_forward_(gates, states, states, weight, None, [], False)
         recurrent.lstm_backward_(gates, None, states[0], states[1], states[:1], gates, states, weight, None, [], False)
-        recurrent.gru_cell_backward_(*(torch.zeros(8, n * 16) for n in (3, 3, 1, 3, 1, 1)))
+        recurrent.gru_cell_backward_(*(torch.zeros(8, n * 16, dtype=dtype) for n in (3, 3, 1, 3, 1, 1)))
     assert {c.name for c in made} == {"_lstm_cell", "_lstm_cell_backward", "_gru_cell_backward"}
     for compiled in made:
         assert not compiled.problems(), compiled
@@ -77,8 +77,6 @@ def step(dtype, grad_dtype, state, average, square, centered):
 @every_arch
 @pytest.mark.parametrize("kind", STEPS)
 def test_step(arch, kind):
-    if kind in ("momentum", "sgd") and arch != 90:
-        return  # a part of the others
     with ahead.compiling(arch) as made:
         step(*STEPS[kind])
     assert [c.name for c in made] == ["_table", "_constants", "_step"]
