@@ -328,23 +328,15 @@ PX_INLINE void channel_sums(const T* dy, const T* x, const T* dx, int64_t n, A m
   plain = plains[0];
 }
 
-// G of weight and bias of the n channels of a group, of S positions each, and the sums of h xhat
-// and h.
-template <bool wanted, class T, class A>
-void group_sums(const T* dy, const T* x, const T* dx, const A* weight, int64_t n, int64_t S,
-                Statistics<A> s, A* G_w, A* G_b, A& sum_hx, A& sum_h) {
-  constexpr int64_t L = lanes<A>;
+// G of weight and bias of the n channels of a group, which `sums_at` makes by vectors from channel
+// c on (`get` loads one), and the sums of h xhat and h.
+template <class A, class F>
+PX_INLINE void weighted_sums(const A* weight, int64_t n, A* G_w, A* G_b, A& sum_hx, A& sum_h,
+                             const F& sums_at) {
   Vec<A> total_hx{}, total_h{};
   each_vector<A>(n, [&](int64_t c, auto get, auto put) PX_LAMBDA {
-    Vec<A> product[L], plain[L];
-    int64_t present = min_of(L, n - c);
-    for (int64_t j = present; j < L; ++j) product[j] = plain[j] = Vec<A>{};
-    for (int64_t j = 0; j < present; ++j) {
-      int64_t at = (c + j) * S;
-      channel_sums<wanted>(dy + at, x + at, dx + at, S, s.mean, product[j], plain[j]);
-    }
-    Vec<A> w = get(weight + c);
-    Vec<A> g_w = sums<A>(product) * broadcast(s.rstd), g_b = sums<A>(plain);
+    Vec<A> g_w, g_b, w = get(weight + c);
+    sums_at(c, get, g_w, g_b);
     put(G_w + c, g_w);
     put(G_b + c, g_b);
     total_hx += w * g_w;
@@ -352,6 +344,25 @@ void group_sums(const T* dy, const T* x, const T* dx, const A* weight, int64_t n
   });
   sum_hx = sum<A>(total_hx);
   sum_h = sum<A>(total_h);
+}
+
+// The same of channels of S positions each.
+template <bool wanted, class T, class A>
+void group_sums(const T* dy, const T* x, const T* dx, const A* weight, int64_t n, int64_t S,
+                Statistics<A> s, A* G_w, A* G_b, A& sum_hx, A& sum_h) {
+  constexpr int64_t L = lanes<A>;
+  auto sums_at = [&](int64_t c, auto, Vec<A>& g_w, Vec<A>& g_b) PX_LAMBDA {
+    Vec<A> product[L], plain[L];
+    int64_t present = min_of(L, n - c);
+    for (int64_t j = present; j < L; ++j) product[j] = plain[j] = Vec<A>{};
+    for (int64_t j = 0; j < present; ++j) {
+      int64_t at = (c + j) * S;
+      channel_sums<wanted>(dy + at, x + at, dx + at, S, s.mean, product[j], plain[j]);
+    }
+    g_w = sums<A>(product) * broadcast(s.rstd);
+    g_b = sums<A>(plain);
+  };
+  weighted_sums(weight, n, G_w, G_b, sum_hx, sum_h, sums_at);
 }
 
 // dx = rstd weight dy - slope (x - mean) - offset over the n channels of a group; what lies `ahead`
@@ -381,22 +392,15 @@ void group_gradient(const T* dy, const T* x, T* dx, const A* weight, int64_t n, 
   }
 }
 
-// The same two where every channel is one position, over the n channels of a group: G of weight and
-// bias, and the sums of h xhat and h.
+// The same two where every channel is one position.
 template <class T, class A>
 void point_sums(const T* dy, const T* x, const A* weight, int64_t n, Statistics<A> s, A* G_w,
                 A* G_b, A& sum_hx, A& sum_h) {
-  Vec<A> total_hx{}, total_h{};
-  each_vector<A>(n, [&](int64_t i, auto get, auto put) PX_LAMBDA {
-    Vec<A> d = get(dy + i), w = get(weight + i);
-    Vec<A> product = d * ((get(x + i) - broadcast(s.mean)) * broadcast(s.rstd));
-    put(G_w + i, product);
-    put(G_b + i, d);
-    total_hx += w * product;
-    total_h += w * d;
-  });
-  sum_hx = sum<A>(total_hx);
-  sum_h = sum<A>(total_h);
+  auto sums_at = [&](int64_t c, auto get, Vec<A>& g_w, Vec<A>& g_b) PX_LAMBDA {
+    g_b = get(dy + c);
+    g_w = g_b * ((get(x + c) - broadcast(s.mean)) * broadcast(s.rstd));
+  };
+  weighted_sums(weight, n, G_w, G_b, sum_hx, sum_h, sums_at);
 }
 
 template <class T, class A>
