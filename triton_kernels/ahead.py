@@ -89,14 +89,21 @@ class Compiled:
         return min(REGISTERS_PROCESSOR // registers, SHARED_PROCESSOR[self.arch] // (self.shared + 1024))
 
     def problems(
-        self, *, resident: int = 1, tensor_cores: bool = False, pipelined: bool = False, overlapped: bool = False
+        self,
+        *,
+        resident: int = 1,
+        tensor_cores: bool = False,
+        one_loop: bool = False,
+        pipelined: bool = False,
+        overlapped: bool = False,
     ) -> list[str]:
         """What is wrong with it, for every kernel of this library and for what is expected of this one.
 
         Args:
             resident: so many programs have to fit into a multiprocessor.
             tensor_cores: its products have to use those of the architecture.
-            pipelined: one loop, that runs on across examples, and loads that do not wait.
+            one_loop: its only loop runs on across examples.
+            pipelined: its loads do not wait.
             overlapped: the next product is issued before the last is done (wgmma, tcgen05).
         """
         product = {80: self.mma, 90: self.wgmma, 100: self.tcgen05}[self.arch]
@@ -108,7 +115,7 @@ class Compiled:
             f"{self.resident} programs fit a multiprocessor, {resident} are planned": self.resident < resident,
             f"{self.atomics} atomic operations": self.atomics > 0,
             "no product on tensor cores": tensor_cores and product == 0,
-            f"{self.loops} loops": pipelined and self.loops != 1,
+            f"{self.loops} loops": one_loop and self.loops != 1,
             "every product waits for the one before": overlapped
             and ((self.wgmma > 0 and self.pending == 0) or (self.tcgen05 > 0 and self.buffers < 2)),
             "loads are not asynchronous": pipelined and self.tma + self.copies == 0,
@@ -240,13 +247,12 @@ def linear_problems(compiled: Compiled, row: LinearRow, tile: configs.Tile) -> l
     found = compiled.problems(
         resident=tile.resident,
         tensor_cores=kind != "float32",
+        one_loop=True,
         pipelined=pipelined,
         overlapped=pipelined and positions == 0,  # else every product is an example's, and read at once
     )
     if kernel == "descriptor" and compiled.tma == 0:
         found.append("no TMA")
-    if not pipelined and compiled.loops != 1:
-        found.append("several loops")
     return found
 
 
@@ -274,11 +280,11 @@ def conv_problems(
 ) -> list[str]:
     """What is wrong with the kernel of a row of configs.CONV."""
     pipelined = not (kind == "half" and odd)  # 2-byte elements cannot be copied asynchronously one by one
-    found = compiled.problems(
+    return compiled.problems(
         resident=tile.resident,
         tensor_cores=kind != "float32",
+        one_loop=True,
         pipelined=pipelined,
         # A border makes those of x go through registers, and with them every product.
         overlapped=pipelined and not (kind == "half" and kernel_size > 1),
     )
-    return found + (["several loops"] if not pipelined and compiled.loops != 1 else [])
