@@ -16,7 +16,7 @@ from perexample.testing import assert_moments, oracle
 
 
 class Model(nn.Module):
-    def __init__(self, compute, **parts):
+    def __init__(self, compute):
         super().__init__()
         torch.manual_seed(0)
         self.encode, self.head = nn.Linear(5, 7), nn.Linear(7, 5)

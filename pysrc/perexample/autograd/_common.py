@@ -32,20 +32,20 @@ __all__ = [
 ops = torch.ops.perexample
 
 
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64 and x.is_floating_point()
+
+
 def autocast(x: Tensor, *, low_precision: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
     """The dtype in which autocast would compute, and a context without autocast to do it in.
 
     Matrix products and convolutions run in the autocast dtype, norms on CUDA in float32. The cast of the weight is
     made inside the Function, so that the weight's gradient arrives in the weight's own dtype unrounded.
     """
-    device = x.device.type
-    if (
-        device == "meta"
-        or not torch.is_autocast_enabled(device)
-        or x.dtype == torch.float64
-        or not x.is_floating_point()
-    ):
+    if not _autocasts(x):
         return x.dtype, contextlib.nullcontext()
+    device = x.device.type
     if low_precision:
         dtype = torch.get_autocast_dtype(device)
     else:
@@ -60,16 +60,13 @@ def apply(
 
     With `low_precision`, raises in the name of `layer` where the dtypes differ and no autocast reconciles them.
     """
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # nearly always, and some microseconds faster
-        if low_precision and weight is not None and x.dtype != weight.dtype:
-            check_dtype(layer, x, weight, contextlib.nullcontext())
-        return function.apply(x, weight, *rest)
-    dtype, context = autocast(x, low_precision=low_precision)
+    if _autocasts(x):
+        dtype, context = autocast(x, low_precision=low_precision)
+        with context:
+            return function.apply(x.to(dtype), weight, *rest)
     if low_precision and weight is not None:
-        check_dtype(layer, x, weight, context)
-    with context:
-        return function.apply(x.to(dtype), weight, *rest)
+        check_dtype(layer, x, weight, contextlib.nullcontext())
+    return function.apply(x, weight, *rest)  # nearly always: an empty context would take some microseconds
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

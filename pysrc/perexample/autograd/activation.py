@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, autocast, call_of, check_dtype, one_use, ops, sum_positions
+from ._common import add_small, apply, call_of, cast, one_use, ops, sum_positions
 
 __all__ = ["prelu"]
 
@@ -23,7 +23,7 @@ class _PReLU(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
         ctx.call = call_of(uses, "other")
         ctx.grad_dtype = weight.dtype
-        weight = weight.to(x.dtype)
+        weight = cast(weight, x.dtype)
         ctx.save_for_backward(x, weight)
         return F.prelu(x, weight)
 
@@ -46,7 +46,4 @@ class _PReLU(Function):
 
 def prelu(x: Tensor, weight: Tensor, weight_leaf: Tensor | None, uses: Tensor | Call | None) -> Tensor:
     """``F.prelu(x, weight)`` with second moments. x: (B, C, ...), weight: (C,); or x: (B, ...), weight: (1,)."""
-    dtype, context = autocast(x, low_precision=True)
-    check_dtype("PReLU", x, weight, context)
-    with context:
-        return _PReLU.apply(x.to(dtype), weight, weight_leaf, uses)
+    return apply(_PReLU, "PReLU", x, weight, weight_leaf, uses)

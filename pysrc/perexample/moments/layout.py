@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .places import MOVES, Place, before
+from .places import MOVES, Place, before, operation_of
 
 __all__ = ["PassInput", "ambiguous", "moved_from"]
 
@@ -56,16 +56,15 @@ def moved_from(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -
     if node is None:
         return _moved_view(tensor, axis, batch, known)
     number = tensor.output_nr
-    first, at = node, number
-    while first.name() in _ELEMENTWISE and first.next_functions[0][0] is not None:
-        first, at = first.next_functions[0]
-    if at == 0 and first.name() in _LAYERS and getattr(first, "batch_dim", 0) == axis:
+    while node.name() in _ELEMENTWISE and node.next_functions[0][0] is not None:
+        node, number = node.next_functions[0]
+    if number == 0 and node.name() in _LAYERS and getattr(node, "batch_dim", 0) == axis:
         return ""  # nearly always
-    is_batch, last = _walk(first, at, axis, batch, known)
+    is_batch, last = _walk(node, number, axis, batch, known)
     if is_batch is None:
         # Nothing is known of this dimension; but of another one it may be, that it is the batch.
         others = (i for i, size in enumerate(tensor.shape) if size == batch and i != axis)
-        if any(_walk(first, at, i, batch, known)[0] for i in others):
+        if any(_walk(node, number, i, batch, known)[0] for i in others):
             return "another dimension is"
         return ""
     return "" if is_batch else f"{last or 'an operation'} put another one there"
@@ -102,7 +101,7 @@ def _walk(node: Any, number: int, axis: int, batch: int, known: PassInput | None
             if following is not None:
                 found = before(node, number, place, following, index, batch)
                 if found is not None:
-                    moved = last or ("" if found == place else MOVES.get(name.rstrip("0123456789"), ""))
+                    moved = last or ("" if found == place else MOVES.get(operation_of(name), ""))
                     pending.append((following, index, found, moved))
     return None, ""
 

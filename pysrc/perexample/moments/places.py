@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MOVES", "Place", "before"]
+__all__ = ["MOVES", "Place", "before", "operation_of"]
 
-MOVES = {"PermuteBackward": "'permute'", "TransposeBackward": "'transpose'", "TBackward": "'t'"}
+MOVES = {"Permute": "'permute'", "Transpose": "'transpose'", "T": "'t'"}
 
 _RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
 _UNCLEAR = ("CopySlices", "AsStrided", "Trilinear", "Cdist")
@@ -31,13 +31,18 @@ class Place(NamedTuple):
     step: int
 
 
+def operation_of(name: str) -> str:
+    """What the node called `name` differentiates: "View" of "ViewBackward0"."""
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
 def before(node: Any, number: int, place: Place, following: Any, index: int, batch: int) -> Place | None:
     """Where `place` of output `number` of `node` was in its input, output `index` of `following`; None if unknown."""
     outputs, inputs = _shapes(node), _shapes(following)
     if number >= len(outputs) or index >= len(inputs):
         return None
     after, shape = outputs[number], inputs[index]
-    operation = node.name().rstrip("0123456789").removesuffix("Backward")
+    operation = operation_of(node.name())
     if operation in _RESHAPES:
         return _reshaped(place, after, shape, batch)
     dim = _dim(node, operation, place.dim, after, shape, following)
@@ -70,7 +75,7 @@ def _reshaped(place: Place, after: Sequence[int], shape: Sequence[int], batch: i
 
 def _dim(node: Any, operation: str, dim: int, after: Sequence[int], shape: Sequence[int], following: Any) -> int | None:
     dims = len(shape)
-    if f"{operation}Backward" in MOVES:
+    if operation in MOVES:
         return _permutation(node, operation, dims)[dim]
     if operation in _UNCLEAR:
         return None
