@@ -413,14 +413,16 @@ def test_a_lookalike_in_eval_mode_alone_gets_no_kernel():
 
 
 class TimesInput(nn.Module):
-    """No layer with a kernel, and a first input that need not have the batch."""
+    """A parameter of the fallback, and a first input that need not have the batch."""
 
-    def __init__(self):
+    def __init__(self, loss=False, embed=None):
         super().__init__()
         self.weight = nn.Parameter(randn(5, 3))
+        self.loss, self.embed = loss, embed
 
     def forward(self, scale, x):
-        return x @ self.weight * scale
+        y = x @ self.weight * (scale if self.embed is None else self.embed(scale))
+        return y.sum() if self.loss else y
 
 
 def test_a_first_input_of_one_row_beside_a_batch_is_refused():
@@ -430,6 +432,10 @@ def test_a_first_input_of_one_row_beside_a_batch_is_refused():
     model(torch.ones(4, 1, dtype=x.dtype), x).sum().backward()
     expected = x.square().T @ torch.ones(4, 3, dtype=x.dtype)
     torch.testing.assert_close(model.weight.sum_grad_squared, expected)
+    with pytest.raises(ValueError, match=r"^TimesInput: its first input has 1 row, .* another input has 4; pass"):
+        px.convert(TimesInput(loss=True).double())(torch.ones(1, dtype=x.dtype), x)
+    with pytest.raises(ValueError, match=r"^TimesInput: its first input has 1 row, .* output have 4; pass"):
+        px.convert(TimesInput(embed=nn.Embedding(2, 3)).double())(torch.ones(1, dtype=torch.long), x)
     model.zero_grad()
     model(torch.ones(1, dtype=x.dtype), x[:1]).sum().backward()  # one example
     torch.testing.assert_close(model.weight.sum_grad_squared, x[:1].square().T.expand(5, 3))

@@ -147,19 +147,29 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _refuse_lone_row(module: nn.Module, examples: ExampleCount, inputs: Iterator[Tensor], output: Any) -> None:
-    """Raise where the input that told the batch has one row, and another one and the output have the same number, more.
+    """Raise where the input that told the batch has one row, and another one and an output have the same number, more.
 
-    A layer with a kernel would have noticed; parameters of one copy go with anything.
+    Parameters of one copy go with anything, unlike a layer with a kernel; but that may have seen the first input alone.
+    Where the outputs do not tell, as a loss does not, the inputs decide if there was no such layer.
     """
-    if examples.batch != 1 or not examples.uses or any(uses.expanded is None for uses in examples.uses.values()):
+    if examples.batch != 1 or not any(uses.expanded is not None for uses in examples.uses.values()):
         return
     dim = examples.batch_dim
-    made = {value.shape[dim] for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.dim() > dim}
+    made = {
+        value.shape[dim]
+        for value in pytree.tree_leaves(output)
+        if isinstance(value, Tensor) and value.requires_grad and value.dim() > dim
+    }
     given = {value.shape[dim] for value in inputs if value.dim() > dim}
-    for rows in sorted((made & given) - {1}):
+    if made:
+        given &= made
+    elif any(uses.expanded is None for uses in examples.uses.values()):
+        return
+    for rows in sorted(given - {1}):
         raise ValueError(
             f"{type(module).__name__}: its first input has 1 row, so the batch is taken to have 1 example, but another "
-            f"input and the output have {rows}; pass the input with the batch first, or expand the first to {rows} rows"
+            f"input {'and the output have' if made else 'has'} {rows}; pass the input with the batch first, or expand "
+            f"the first to {rows} rows; where there is one example, give what has no batch a first dimension of 1"
         )
 
 
