@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +140,56 @@ class TestWithAKernel:
             lambda m, h: m.second(h.transpose(0, 1))[0].transpose(0, 1), nn.LSTM(SAME, SAME, batch_first=False)
         )
         exact(model, randn(SAME, SAME, SAME))
+
+
+COPIES = {
+    "contiguous": lambda x: x.transpose(0, 1).contiguous(),
+    "permuted": lambda x: x.permute(2, 0, 1).clone(),
+    "einsum": lambda x: torch.einsum("btd->tbd", x).clone(),
+    "stacked": lambda x: torch.stack([x[:, t] for t in range(SAME)]),
+    "another dtype": lambda x: x.transpose(0, 1).float(),
+    "without gradients": torch.no_grad()(lambda x: x.transpose(0, 1).contiguous()),
+}
+
+
+class Prepared(nn.Module):
+    """Data in another order, and what meets it."""
+
+    def __init__(self, order, layer):
+        super().__init__()
+        self.order, self.layer = order, layer
+
+    def forward(self, x):
+        return self.layer(self.order(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(randn(SAME, seed=2).float())
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(SAME, 3), Scaled()], ids=["kernel", "fallback"])
+class TestCopiesOfTheInput:
+    @pytest.mark.parametrize("how", COPIES)
+    def test_moved_is_refused(self, how, layer):
+        model = px.convert(Prepared(COPIES[how], copy.deepcopy(layer).to(COPIES[how](randn(SAME, SAME, SAME)).dtype)))
+        with pytest.raises(ValueError, match="it is a copy of the model's input with its dimensions moved"):
+            model(randn(SAME, SAME, SAME)).sum()
+
+    @pytest.mark.parametrize("x", [randn(SAME, SAME, SAME), torch.ones(SAME, SAME, SAME).double()], ids=["any", "ones"])
+    def test_kept_is_exact(self, x, layer):
+        for order in (torch.clone, lambda x: x.transpose(1, 2).contiguous(), lambda x: 2 * x):
+            exact(px.convert(Prepared(order, copy.deepcopy(layer).double())), x)
+
+
+def test_indices_in_another_order_are_refused():
+    tokens = torch.arange(SAME * SAME).view(SAME, SAME)
+    with pytest.raises(ValueError, match="it is a copy of the model's input with its dimensions moved"):
+        px.convert(Prepared(lambda x: x.t().contiguous(), nn.Embedding(SAME * SAME, 3)))(tokens)
 
 
 class TestTheFallback:

@@ -2,14 +2,16 @@
 
 The autograd graph knows: from a tensor one walks back, with the place of the dimension in question, to the output of
 a layer of this library or to the input of the model, whose batch dimension is known. What `places` does not know ends
-the walk, without a verdict; so does what has no gradient, but for views of the model's input.
+the walk, without a verdict; so does what has no gradient, but for views and copies of the model's input.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .places import MOVES, Place, before, operation_of
@@ -54,7 +56,9 @@ def moved_from(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -
     """What shows that dimension `axis` of `tensor`, as long as the batch, is not the batch; "" where nothing does."""
     node: Any = tensor.grad_fn
     if node is None:
-        return _moved_view(tensor, axis, batch, known)
+        if known is None or tensor is known.tensor:
+            return ""
+        return _moved_view(tensor, axis, batch, known) or _moved_copy(tensor, axis, batch, known)
     number = tensor.output_nr
     while node.name() in _ELEMENTWISE and node.next_functions[0][0] is not None:
         node, number = node.next_functions[0]
@@ -70,9 +74,9 @@ def moved_from(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -
     return "" if is_batch else f"{last or 'an operation'} put another one there"
 
 
-def _moved_view(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -> str:
+def _moved_view(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
     """The same of a view of the model's input, by its strides."""
-    if known is None or tensor is known.tensor or not tensor._is_view():
+    if not tensor._is_view():
         return ""
     base = known.tensor._base if known.tensor._is_view() else known.tensor
     if tensor._base is not base:
@@ -81,6 +85,27 @@ def _moved_view(tensor: Tensor, axis: int, batch: int, known: PassInput | None) 
     others = (i for i in range(tensor.dim()) if i != axis and tensor.shape[i] == batch)
     if tensor.stride(axis) != stride and any(tensor.stride(i) == stride for i in others):
         return "it is a view of the model's input in which the batch is another dimension"
+    return ""
+
+
+def _moved_copy(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
+    """The same of a copy, by its values: those of the input with its dimensions in another order."""
+    source = known.tensor.detach()
+    dims = source.dim()
+    if (
+        tensor.shape.count(batch) < 2  # else a batch elsewhere has raised by its length
+        or sorted(tensor.shape) != sorted(source.shape)
+        or tensor.device != source.device
+        or tensor.device.type == "meta"
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return ""
+    orders = [order for order in itertools.permutations(range(dims)) if source.permute(order).shape == tensor.shape]
+    # Where it is the same in both orders nothing has moved.
+    for order in sorted(orders, key=lambda order: order[axis] != known.axis):
+        if torch.equal(tensor.detach(), source.permute(order).to(tensor.dtype)):
+            return "" if order[axis] == known.axis else "it is a copy of the model's input with its dimensions moved"
     return ""
 
 
