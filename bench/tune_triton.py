@@ -25,6 +25,7 @@ from perexample.triton_kernels import _launch, ahead, configs, conv, linear
 from perexample.triton_kernels.configs import Tile
 
 CONFIGS = Path(configs.__file__)
+DEVICE = "cuda"  # tests time on the CPU, in Triton's interpreter
 MOST_RESIDENT = 4  # more programs on a multiprocessor only split the batch into more parts
 # (O, I, B, T) of a row, by the most positions that it is for; convolutions: (O, C, B, size, kernel size).
 SHAPES = {
@@ -142,14 +143,14 @@ def programs(row: Row) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
     for dtype in row.dtypes:
         if row.table == "LINEAR":
             for sizes in SHAPES[row.key[2]]:
-                dy, x = (t.normal_() for t in ahead.operands(row.key, sizes, dtype, "cuda"))
+                dy, x = (t.normal_() for t in ahead.operands(row.key, sizes, dtype, DEVICE))
                 yield (
                     lambda dy=dy, x=x: linear.linear_moments(dy, x, False),
                     lambda dy=dy, x=x: OPS["linear_moments"][0](dy, x, False),
                 )
         else:
             for outputs, channels, batch, size, kernel in CONVOLUTIONS:
-                dy, x = (torch.randn(batch, c, size, size, device="cuda").to(dtype) for c in (outputs, channels))
+                dy, x = (torch.randn(batch, c, size, size, device=DEVICE).to(dtype) for c in (outputs, channels))
                 rest = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], 1, False)
                 yield (
                     lambda dy=dy, x=x, rest=rest: conv.conv_moments(dy, x, *rest),
@@ -166,36 +167,42 @@ def wrong(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], kind: s
     )
 
 
-def tune(row: Row) -> tuple[Tile, float]:
-    """The fastest tile of a row by the geometric mean over its shapes, and its time over that of the shipped one."""
-    from .gpu import timed
+def tune(row: Row) -> tuple[Tile, float] | None:
+    """The fastest tile of a row by the geometric mean over its shapes, and its time over that of the shipped one.
 
-    table, tiles = getattr(configs, row.table), list(compiling(row))
-    total = dict.fromkeys(tiles, 0.0)
+    The ratio is NaN where the shipped tile is not right; None where no tile is.
+    """
+    from . import gpu
+
+    table = getattr(configs, row.table)
+    logs: dict[Tile, list[float]] = {tile: [] for tile in compiling(row)}  # of the times of what is right so far
     for ours, reference in programs(row):
+
+        def with_tile(tile: Tile, ours: Callable[[], Any] = ours) -> Any:
+            with ahead.row_is(table, row.arch, row.key, tile):
+                return ours()
+
         with ahead.multiplying(row.kind):
             expected = reference()
-            for tile in tiles:
-                with ahead.row_is(table, row.arch, row.key, tile):
-                    try:
-                        failed = "wrong moments" if wrong(ours(), expected, row.kind) else ""
-                    except triton.OutOfResources as error:  # less shared memory than the row's architecture
-                        failed = str(error)
-                    if failed:
-                        print(f"  {tuple(tile)}: {failed}", file=sys.stderr)
-                        total[tile] = math.inf
-
-            def with_tile(tile: Tile, ours: Callable[[], Any] = ours) -> Any:
-                with ahead.row_is(table, row.arch, row.key, tile):
-                    return ours()
-
-            right = [tile for tile in tiles if total[tile] < math.inf]
-            ms = timed({str(i): lambda tile=tile: with_tile(tile) for i, tile in enumerate(right)}, seconds=1.0)
-        for i, tile in enumerate(right):
-            total[tile] += math.log(ms[str(i)])
-    best = min(tiles, key=total.__getitem__)
-    count = len(list(programs(row)))
-    return best, math.exp((total[best] - total[tiles[0]]) / count)
+            for tile in list(logs):
+                try:
+                    failed = "wrong moments" if wrong(with_tile(tile), expected, row.kind) else ""
+                except triton.OutOfResources as error:  # less shared memory than the row's architecture
+                    failed = str(error)
+                if failed:
+                    print(f"  {tuple(tile)}: {failed}", file=sys.stderr)
+                    del logs[tile]
+            if not logs:
+                return None
+            ms = gpu.timed({str(tile): lambda tile=tile: with_tile(tile) for tile in logs}, seconds=1.0)
+        for tile in logs:
+            logs[tile].append(math.log(ms[str(tile)]))
+    mean = {tile: math.fsum(logs[tile]) / len(logs[tile]) for tile in logs}
+    best = min(mean, key=mean.__getitem__, default=None)
+    if best is None:
+        return None
+    shipped = next((mean[tile] for tile in mean if tile[:5] == row.shipped[:5]), math.nan)
+    return best, math.exp(mean[best] - shipped)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -227,12 +234,12 @@ def rewritten(source: str, **tables: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(row: Row, tile: Tile, what: str, path: Path = CONFIGS) -> None:
+def write(row: Row, tile: Tile, what: str) -> None:
     """Put a tile into the table, here and in configs.py, and say on what it was measured."""
     table = getattr(configs, row.table)
     table[row.arch][row.key] = tile
     configs.TUNED[row.arch] = what
-    path.write_text(rewritten(path.read_text(), **{row.table: table, "TUNED": configs.TUNED}))
+    CONFIGS.write_text(rewritten(CONFIGS.read_text(), **{row.table: table, "TUNED": configs.TUNED}))
 
 
 def main() -> None:
@@ -256,9 +263,13 @@ def main() -> None:
         sys.exit("bench.tune_triton: no GPU here; --dry-run needs none")
     device = torch.cuda.get_device_name()
     what = f"{device}, torch {torch.__version__}, Triton {triton.__version__}"
-    for row in rows(_launch.device_of(torch.empty(0, device="cuda")).arch):
+    for row in rows(_launch.device_of(torch.empty(0, device=DEVICE)).arch):
         if chosen.rows in row.name:
-            tile, ratio = tune(row)
+            found = tune(row)
+            if found is None:
+                print(f"{row.name}: no candidate is right; {tuple(row.shipped)} stays", flush=True)
+                continue
+            tile, ratio = found
             print(f"{row.name}: {tuple(row.shipped)} -> {tuple(tile)}, {ratio:.3f} of its time", flush=True)
             write(row, tile, what)
 
