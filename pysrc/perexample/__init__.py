@@ -6,11 +6,13 @@ from . import _extension, _triton, nn, noise, ops, optim
 from .convert import ConversionTable, Served, convert, register
 from .moments import no_moments
 from .optim import clip_grad_norm_, unscale_
+from .testing import check
 
 __all__ = [
     "ConversionTable",
     "Served",
     "__version__",
+    "check",
     "clip_grad_norm_",
     "convert",
     "nn",

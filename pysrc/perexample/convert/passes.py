@@ -17,7 +17,7 @@ from ..moments.bypass import refuse_bypass
 from ..moments.layout import PassInput
 from ..moments.module import WITH, WITHOUT
 
-__all__ = ["follow_passes"]
+__all__ = ["batch_of", "follow_passes"]
 
 
 def follow_passes(model: nn.Module) -> None:
@@ -72,20 +72,28 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if eager:
             examples.drop_cleared()
             _refuse_chain(module, examples, root, _tensors((args, kwargs)))
-    dim = examples.batch_dim
-    if isinstance(module, MomentModule) and module._batch_at == "says":
-        dim = module.batch_dim
-    for tensor in _tensors((args, kwargs)):
-        if tensor.dim() > dim:
-            examples.batch = tensor.shape[dim]
-            if eager:
-                examples.input = PassInput(tensor, dim)
-            return
-    if module.training:
+    found = batch_of(module, args, kwargs)
+    if found is not None:
+        examples.batch = found.tensor.shape[found.axis]
+        if eager:
+            examples.input = found
+    elif module.training:
         raise TypeError(
-            f"{type(module).__name__}: its inputs hold no tensor whose dimension {dim} could be the batch; pass one, "
-            f"or call the model under px.no_moments()"
+            f"{type(module).__name__}: its inputs hold no tensor whose dimension {_batch_dim(module)} could be the "
+            f"batch; pass one, or call the model under px.no_moments()"
         )
+
+
+def _batch_dim(module: nn.Module) -> int:
+    if isinstance(module, MomentModule) and module._batch_at == "says":
+        return module.batch_dim
+    return module._examples.batch_dim  # type: ignore[union-attr, return-value]
+
+
+def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PassInput | None:
+    """The input that the number of examples of a call of a converted model is taken from; None where there is none."""
+    dim = _batch_dim(module)
+    return next((PassInput(tensor, dim) for tensor in _tensors((args, kwargs)) if tensor.dim() > dim), None)
 
 
 def _refuse_chain(module: nn.Module, examples: ExampleCount, root: str, inputs: Iterator[Tensor]) -> None:

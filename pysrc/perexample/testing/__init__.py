@@ -25,6 +25,7 @@ from .cases import (
     LinearCase,
     NormCase,
 )
+from .check import check
 from .oracle import Moments, assert_moments, assert_within_budget, budget, moments_of_examples, oracle
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "assert_moments",
     "assert_within_budget",
     "budget",
+    "check",
     "moments_of_examples",
     "oracle",
 ]
