@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import emulated
-from emulated import check, check_linear, guarded, padded, pair
+from emulated import check, check_linear, guarded, of_largest_rest, padded, pair
 
 pytestmark = pytest.mark.skipif(not emulated.CXX, reason="no C++ compiler")
 SEEDS = (1, 2, 3)
@@ -154,6 +154,21 @@ def test_squares_are_taken_of_what_is_not_rounded(lib, dtype, capability, positi
 
 
 @every_dtype
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("positions", [2, 4, 50])
+def test_what_cancels_within_an_example_leaves_nothing(lib, dtype, capability, positions):
+    dy, x = pair(5, positions, 24, 16, dtype)
+    dy[:, 1::2], x[:, 1::2] = -dy[:, ::2], x[:, ::2]
+    assert all((t == 0).all() for t in lib.linear_moments(dy, x, capability=capability))
+
+
+@every_half
+@pytest.mark.parametrize("batch", [1, 100])
+def test_every_piece_of_the_squares_counts(lib, dtype, batch):
+    check_linear(lib, *of_largest_rest(batch, 8, 8, dtype))
+
+
+@every_dtype
 @pytest.mark.parametrize(
     ("shape", "multiprocessors"),
     [((3, 5, 7), 3), ((40, 3, 33), 1), ((3, 70, 40), 1), ((2, 900, 5), 2), ((300, 1, 40), 2), ((2, 1, 600), 1)],
@@ -277,6 +292,12 @@ MUTANTS = {
         "linear_mma.cuh",
         "constexpr int kMost = kAll ? 2 * (kPieces - 1) : kPieces - 1;",
         "constexpr int kMost = 0;",
+    ),
+    "the product of the second pieces dropped": (
+        "few_mma",
+        "linear_mma.cuh",
+        "multiply_pieces<false, kPieces == 2, kPieces>",
+        "multiply_pieces<false, false, kPieces>",
     ),
     "chunks of an example summed in the wrong slot": (
         "few_mma",

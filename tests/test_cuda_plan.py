@@ -82,6 +82,11 @@ def test_little_work_is_not_cut():
     assert plan(64, 64, 4, 8)["slots"] == 0
 
 
+def test_a_device_of_one_multiprocessor_takes_all_jobs_in_turn():
+    # Pairs of CTAs, of which it can run half of one.
+    assert plan(256, 128, 5, 100, 0, tile=(256, 128)) == plan(256, 128, 5, 100, 1, tile=(256, 128))
+
+
 def test_neighbouring_jobs_share_operands():
     # 132 CTAs at once: 8 rows and 17 columns of tiles, where row by row it would be 3 and 64.
     jobs = plan(8192, 8192, 8, 512)["jobs"][:H100]

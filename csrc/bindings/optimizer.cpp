@@ -230,12 +230,15 @@ struct DeviceScalar {
   Optional held;
   cuda::Scalar scalar{nullptr, 0};
 
-  DeviceScalar(const char* name, const Optional& tensor) {
+  DeviceScalar(const char* name, const Optional& tensor, Where where) {
     if (!tensor) return;
-    if (!Where(*tensor).on_cuda()) {
+    const Where own(*tensor);
+    if (!own.on_cuda()) {
       scalar.value = perexample::scalar(name, *tensor);
       return;
     }
+    STD_TORCH_CHECK(own == where, kOp, ": ", name,
+                    " must be on the CPU or on the device of examples_seen");
     STD_TORCH_CHECK(tensor->numel() == 1, kOp, ": ", name, " must have one element");
     held = torch::stable::to(*tensor, ScalarType::Double);
     scalar.on_device = static_cast<const double*>(held->const_data_ptr());
@@ -249,6 +252,10 @@ void step_on_cuda(cuda::Optimizer step, const TensorList<false>& params,
   const size_t count = params.size();
   const bool per_example = sums_grad_squared.size() != 0, stateful = exp_avg || exp_avg_sq;
   if (stateful) step.state_dtype = dtype_of(kOp, "state", exp_avg ? *exp_avg : *exp_avg_sq);
+  for (const Optional* state : {&exp_avg, &exp_avg_sq}) {
+    STD_TORCH_CHECK(!*state || Where(**state) == where, kOp,
+                    ": exp_avg and exp_avg_sq must be on the device of examples_seen");
+  }
   int64_t length = 0;
   for (size_t i = 0; i < count; ++i) length += padded(numel(params[i]));
   step.exp_avg = State(exp_avg, "exp_avg", step.state_dtype, length).at(0);
@@ -297,6 +304,8 @@ void step_on_cuda(cuda::Optimizer step, const TensorList<false>& params,
   for (const Staging& staging : stagings) staging.finish();
 }
 
+// torch calls the one for CUDA where any of the tensors is there.
+template <bool on_cuda>
 void optimizer_step_(const TensorList<false>& params, const TensorList<true>& grads,
                      const TensorList<true>& sums_grad_squared, const Optional exp_avg,
                      const Optional exp_avg_sq, const Tensor examples_seen, const Tensor violations,
@@ -320,9 +329,9 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
   STD_TORCH_CHECK(!centered || (exp_avg && exp_avg_sq), kOp,
                   ": centered needs exp_avg and exp_avg_sq");
   const Where where(examples_seen);
-  STD_TORCH_CHECK(Where(violations) == where, kOp,
-                  ": violations must be on the device of examples_seen");
-  if (where.on_cuda()) {
+  STD_TORCH_CHECK(where.on_cuda() == on_cuda && Where(violations) == where, kOp,
+                  ": all tensors must be on the device of examples_seen");
+  if constexpr (on_cuda) {
     cuda::Optimizer step{};
     step.n_g = n_g, step.n_s = n_s, step.eps = eps, step.weight_decay = weight_decay;
     step.log_keep_g = std::log1p(-1 / n_g), step.log_keep_s = std::log1p(-1 / n_s);
@@ -333,8 +342,8 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
     step.examples_seen = static_cast<double*>(examples_seen.mutable_data_ptr());
     step.violations = static_cast<int32_t*>(violations.mutable_data_ptr());
     step.seen_stride = examples_seen.stride(0), step.flag_stride = violations.stride(0);
-    DeviceScalar b("batch_size", batch_size), rate("lr", lr);
-    DeviceScalar scale("grad_scale", grad_scale), inf("found_inf", found_inf);
+    DeviceScalar b("batch_size", batch_size, where), rate("lr", lr, where);
+    DeviceScalar scale("grad_scale", grad_scale, where), inf("found_inf", found_inf, where);
     step.batch_size = b.scalar, step.lr = rate.scalar;
     step.grad_scale = scale.scalar, step.found_inf = inf.scalar;
     step.has_grad_scale = grad_scale.has_value(), step.has_found_inf = found_inf.has_value();
@@ -424,10 +433,10 @@ void optimizer_step_(const TensorList<false>& params, const TensorList<true>& gr
   }
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CPU, m) {
-  m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_));
+  m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_<false>));
 }
 STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
-  if (cuda::built) m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_));
+  if (cuda::built) m.impl("optimizer_step_", TORCH_BOX(&optimizer_step_<true>));
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(perexample, CUDA, m) {
 std::optional<int64_t> inner_stride(const Tensor& tensor) {
   auto sizes = tensor.sizes(), strides = tensor.strides();
   std::optional<int64_t> unit;
+  if (tensor.numel() == 0) return 1;
   int64_t inside = 1;  // elements of the dimensions seen so far
   for (int64_t d = tensor.dim() - 1; d >= 1; --d) {
     if (sizes[d] == 1) continue;

@@ -39,7 +39,9 @@ void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch
 }
 
 // Any dtype; `tf32` is for Strided only. With one position an example, the batch takes the place of
-// the positions.
+// the positions. Not so with few: over pairs of positions an example would take 4 T (T + 1) / 2
+// products, which cost more than what they save from T = 3 on, and at T = 2 leave noise of either
+// sign where an example's positions cancel (docs/cuda.md).
 template <class X>
 void launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, int64_t batch,
                      int64_t positions, const Matrix& out, const Device& device) {

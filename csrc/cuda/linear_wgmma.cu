@@ -10,20 +10,25 @@
 namespace perexample::cuda {
 namespace {
 
-// TMA's strides: multiples of 16 bytes. The stride of a dimension of one element means nothing.
-bool takes(const void* data, const int64_t* stride, int64_t batch) {
-  auto aligned = [](int64_t elements) { return elements > 0 && elements % 8 == 0; };
+// TMA's strides: multiples of 16 bytes below 2^40. The stride of a dimension of one element means
+// nothing.
+bool takes(const void* data, const int64_t* stride, int64_t batch, int64_t positions) {
+  constexpr int64_t kMost = int64_t{1} << 39;
+  auto aligned = [](int64_t elements) {
+    return elements > 0 && elements < kMost && elements % 8 == 0;
+  };
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[2] == 1 && aligned(stride[1]) &&
-         (batch == 1 || aligned(stride[0]));
+         aligned(batch == 1 ? positions * stride[1] : stride[0]);
 }
 
 }  // namespace
 
 bool takes_wgmma(const Linear& a, const Device& device) {
-  constexpr int64_t kMost = int64_t{1} << 31;  // coordinates of TMA
+  // Coordinates of TMA are 32 bits, and reach behind the last element by less than a tile.
+  constexpr int64_t kMost = (int64_t{1} << 31) - 512;
   return PX_SM90A && device.capability == 90 && (a.dtype == DType::bf16 || a.dtype == DType::f16) &&
          a.T > 1 && a.B < kMost && a.T < kMost && a.O < kMost && a.I < kMost &&
-         takes(a.dy, a.dy_stride, a.B) && takes(a.x, a.x_stride, a.B);
+         takes(a.dy, a.dy_stride, a.B, a.T) && takes(a.x, a.x_stride, a.B, a.T);
 }
 
 void linear_moments_wgmma(const Linear& arguments, const Device& device) {

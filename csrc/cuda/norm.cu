@@ -125,56 +125,59 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 }
 
-// CTA (b, group). sums: [dy xhat, dy][b][C]. Small channels go to warps, large ones to all.
+// A CTA takes one (b, group) after another. sums: [dy xhat, dy][b][C]. Small channels go to warps,
+// large ones to all.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, 2) group_norm(const GroupNorm a, Wide<T>* sums) {
   using A = Wide<T>;
   const int64_t channels = a.C / a.groups, n = channels * a.S;
-  const int64_t b = blockIdx.x / a.groups, group = blockIdx.x % a.groups;
-  const int64_t first = (b * a.C + group * channels) * a.S;
-  const T* dy = static_cast<const T*>(a.dy) + first;
-  const T* x = static_cast<const T*>(a.x) + first;
-  A* own = sums + b * a.C + group * channels;
-  A mean, rstd;
-  if (a.rstd != nullptr) {
-    const int64_t at = a.constant ? group : b * a.groups + group;
-    mean = static_cast<const A*>(a.mean)[at], rstd = static_cast<const A*>(a.rstd)[at];
-  } else {
-    statistics<A>(
-        n, true, static_cast<A>(a.eps), [&](int64_t i) { return static_cast<A>(widen(x[i])); },
-        mean, rstd);
-  }
   const bool by_warp = a.S < 1024;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t squares = a.B * a.C;  // from the sums of dy xhat to those of dy
-  for (int64_t c = by_warp ? warp : 0; c < channels; c += by_warp ? blockDim.x / 32 : 1) {
-    A weight_sum = 0, bias_sum = 0;
-    for (int64_t s = by_warp ? lane : threadIdx.x; s < a.S; s += by_warp ? 32 : blockDim.x) {
-      const A g = widen(dy[c * a.S + s]);
-      weight_sum += g * ((widen(x[c * a.S + s]) - mean) * rstd), bias_sum += g;
-    }
-    if (by_warp) {
-      weight_sum = add_in_warp(weight_sum), bias_sum = add_in_warp(bias_sum);
+  for (int64_t index = blockIdx.x; index < a.B * a.groups; index += gridDim.x) {
+    const int64_t b = index / a.groups, group = index % a.groups;
+    const int64_t first = (b * a.C + group * channels) * a.S;
+    const T* dy = static_cast<const T*>(a.dy) + first;
+    const T* x = static_cast<const T*>(a.x) + first;
+    A* own = sums + b * a.C + group * channels;
+    A mean, rstd;
+    if (a.rstd != nullptr) {
+      const int64_t at = a.constant ? group : b * a.groups + group;
+      mean = static_cast<const A*>(a.mean)[at], rstd = static_cast<const A*>(a.rstd)[at];
     } else {
-      add_in_cta(weight_sum, bias_sum);
+      statistics<A>(
+          n, true, static_cast<A>(a.eps), [&](int64_t i) { return static_cast<A>(widen(x[i])); },
+          mean, rstd);
     }
-    if (by_warp ? lane == 0 : threadIdx.x == 0) own[c] = weight_sum, own[squares + c] = bias_sum;
-  }
-  if (a.dx == nullptr) return;
-  __syncthreads();  // the sums of all channels are there
-  A mean_h = 0, mean_hx = 0;
-  if (!a.constant) {
-    for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
-      const A w = weight_at<T>(a.weight, a.weight_dtype, group * channels + c);
-      mean_h += w * own[squares + c], mean_hx += w * own[c];
+    for (int64_t c = by_warp ? warp : 0; c < channels; c += by_warp ? blockDim.x / 32 : 1) {
+      A weight_sum = 0, bias_sum = 0;
+      for (int64_t s = by_warp ? lane : threadIdx.x; s < a.S; s += by_warp ? 32 : blockDim.x) {
+        const A g = widen(dy[c * a.S + s]);
+        weight_sum += g * ((widen(x[c * a.S + s]) - mean) * rstd), bias_sum += g;
+      }
+      if (by_warp) {
+        weight_sum = add_in_warp(weight_sum), bias_sum = add_in_warp(bias_sum);
+      } else {
+        add_in_cta(weight_sum, bias_sum);
+      }
+      if (by_warp ? lane == 0 : threadIdx.x == 0) own[c] = weight_sum, own[squares + c] = bias_sum;
     }
-    add_in_cta(mean_h, mean_hx);
-    mean_h /= static_cast<A>(n), mean_hx /= static_cast<A>(n);
-  }
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const A h = widen(dy[i]) * weight_at<T>(a.weight, a.weight_dtype, group * channels + i / a.S);
-    const A xhat = (widen(x[i]) - mean) * rstd;
-    store_as(static_cast<T*>(a.dx) + first + i, rstd * (h - mean_h - xhat * mean_hx));
+    if (a.dx == nullptr) continue;
+    __syncthreads();  // the sums of all channels are there
+    A mean_h = 0, mean_hx = 0;
+    if (!a.constant) {
+      for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+        const A w = weight_at<T>(a.weight, a.weight_dtype, group * channels + c);
+        mean_h += w * own[squares + c], mean_hx += w * own[c];
+      }
+      add_in_cta(mean_h, mean_hx);
+      mean_h /= static_cast<A>(n), mean_hx /= static_cast<A>(n);
+    }
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+      const A h = widen(dy[i]) * weight_at<T>(a.weight, a.weight_dtype, group * channels + i / a.S);
+      const A xhat = (widen(x[i]) - mean) * rstd;
+      store_as(static_cast<T*>(a.dx) + first + i, rstd * (h - mean_h - xhat * mean_hx));
+    }
   }
 }
 
@@ -228,7 +231,9 @@ void group_norm_moments(const GroupNorm& a, const Device& device) {
     using T = decltype(type);
     auto* sums = static_cast<Wide<T>*>(
         device.allocate(device.ctx, 2 * a.B * a.C * static_cast<int64_t>(sizeof(Wide<T>))));
-    launch(group_norm<T>, {a.B * a.groups, kMostThreads}, device.stream, a, sums);
+    const int64_t most = int64_t{64} * device.multiprocessors;
+    launch(group_norm<T>, {a.B * a.groups < most ? a.B * a.groups : most, kMostThreads},
+           device.stream, a, sums);
     add_examples(sums, a.B, 1, a.C, a.C, 0, a.dtype, a.weight_dtype, a.dw, a.dw_sq, device);
     add_examples(sums + a.B * a.C, a.B, 1, a.C, a.C, 0, a.dtype, a.weight_dtype, a.db, a.db_sq,
                  device);

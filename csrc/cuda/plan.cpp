@@ -22,6 +22,7 @@ Plan plan(int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_rows, in
   p.rows = ceil_div(outputs, tile_rows), p.columns = ceil_div(inputs, tile_columns);
   p.batch = batch, p.positions = positions, p.position_block = position_block;
   p.parts = p.chunks = 1;
+  ctas = std::max<int64_t>(ctas, 1);  // half of one multiprocessor, where two make a cluster
   int64_t tiles = p.tiles();
   p.whole = tiles / ctas * ctas;
   int64_t rest = tiles - p.whole, work = batch * positions;
