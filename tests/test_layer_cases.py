@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import perexample as px
-from perexample.testing import LAYER_CASES, LayerCase, assert_moments, assert_within_budget, oracle
+from perexample.testing import LAYER_CASES, LayerCase, assert_moments, assert_within_budget, oracle, stock_moments
 
 # Stock layers say so of themselves.
 pytestmark = [
@@ -90,7 +90,8 @@ def check(model, inputs, target, loss_fn=weighted_sum):
     detached = [x.detach() for x in inputs]
     expected = oracle(model, loss_fn, detached, target, reduction="sum")
     low = dtype if dtype != torch.float64 else torch.float32
-    stock = oracle(model, loss_fn, detached, target, reduction="sum", dtype=low)
+    several = 1 if low == torch.float32 else 8  # errors of a few coarse roundings are chance
+    stock = stock_moments(model, loss_fn, detached, target, reduction="sum", dtype=low, samples=several)
     results = {}
     for which, module, d in (
         ("exact", copy.deepcopy(model).double(), torch.float64),
@@ -126,7 +127,9 @@ def check(model, inputs, target, loss_fn=weighted_sum):
         strict=False,
     ):
         assert ours.dtype == dtype
-        assert_within_budget(ours, exact, theirs, dtype, what)
+        # Where a ReLU inside rounds to the other side of zero, all that depends on it jumps: chance, in bfloat16.
+        if not (dtype == torch.bfloat16 and any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())):
+            assert_within_budget(ours, exact, theirs, dtype, what)
     assert_moments(results["ours"][0], expected, stock)
     return results["ours"][0]
 
@@ -134,8 +137,6 @@ def check(model, inputs, target, loss_fn=weighted_sum):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_layer_equals_stock_forward_and_oracle_moments(case, dtype):
-    if dtype == torch.bfloat16 and case.name.startswith("Transformer"):
-        pytest.skip("a dozen layers deep, errors in bfloat16 are chance; the parts are tested in it one by one")
     if not runs(case, dtype):
         pytest.skip(f"stock PyTorch has no {dtype} here")
     model = check(*build(case, dtype))
@@ -260,31 +261,85 @@ def test_checkpointing(case, use_reentrant):
     assert_moments(converted.inner, expected)
 
 
-AUTOCAST = [
-    "RMSNorm",
-    "MultiheadAttention",
-    "EmbeddingBag",
-    "Bilinear",
-    "PReLU",
-    "GRUCell",
-    "RNNCell",
-    "LSTMCell",
-    "GRU",
-    "RNN",
-]
-
-
-@pytest.mark.parametrize("case", [c for c in FEW if c.name in AUTOCAST], ids=str)
-def test_autocast_moments_within_budget_and_gradients_float32(case):
+# A whole Transformer is made of the two layers before it.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in FEW if c.name != "Transformer"], ids=str)
+def test_autocast_moments_within_a_budget_that_notices_a_missing_example(case, dtype):
+    torch.set_num_threads(1)
     model, inputs, target = build(case, torch.float32)
     inputs, converted = [x.detach() for x in inputs], px.convert(copy.deepcopy(model))
-    with torch.autocast("cpu", torch.bfloat16):
-        stock = oracle(model, weighted_sum, inputs, target, reduction="sum", dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        try:
+            stock = stock_moments(model, weighted_sum, inputs, target, reduction="sum", dtype=torch.float32)
+            expected_dtype = model(*inputs).dtype
+        except RuntimeError as error:
+            assert any(text in str(error) for text in NOT_IMPLEMENTED), error
+            pytest.skip(f"stock PyTorch has no {dtype} here")
         output = converted(*inputs)
-        assert output.dtype == model(*inputs).dtype
+        assert output.dtype == expected_dtype
         weighted_sum(output, target).backward()
     assert all(p.grad.dtype == p.sum_grad_squared.dtype == torch.float32 for p in converted.parameters())
-    assert_moments(converted, oracle(model, weighted_sum, inputs, target, reduction="sum"), stock)
+    expected = oracle(model, weighted_sum, inputs, target, reduction="sum")
+    assert_moments(converted, expected, stock)
+    if dtype == torch.bfloat16:
+        return  # deep down, its own errors are as large as a third of an example
+    rows = [slice(b, b + 1) for b in range(case.batch)]
+    apart = [oracle(model, weighted_sum, [x[b] for x in inputs], target[b], reduction="sum") for b in rows]
+    for name, p in converted.named_parameters():
+        missing = max((one[name].sum_grad_squared.float() for one in apart), key=lambda square: square.max())
+        if missing.any():  # a cell's first state is zero, and so is the gradient of its weight
+            p.sum_grad_squared.sub_(missing)
+            with pytest.raises(AssertionError, match=f"{name}.sum_grad_squared: error"):
+                assert_moments(converted, expected, stock)
+            p.sum_grad_squared.add_(missing)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", [nn.Linear(5, 6), nn.LayerNorm(5), nn.Bilinear(5, 5, 4)], ids=lambda m: m._get_name())
+def test_the_budget_under_autocast_notices_positions_that_are_squared_apart(layer, dtype):
+    torch.manual_seed(0)
+    x = [torch.randn(4, 2, 5)] * (1 + isinstance(layer, nn.Bilinear))
+    target = torch.randn(layer(*x).shape)
+    with torch.autocast("cpu", dtype):
+        expected = oracle(layer, weighted_sum, x, target, reduction="sum")
+        stock = stock_moments(layer, weighted_sum, x, target, reduction="sum", dtype=torch.float32)
+        right, wrong = (px.convert(copy.deepcopy(layer)) for _ in range(2))
+        weighted_sum(right(*x), target).backward()
+        weighted_sum(wrong(*(t.flatten(0, 1) for t in x)), target.flatten(0, 1)).backward()
+    assert_moments(right, expected, stock)
+    with pytest.raises(AssertionError, match=r"sum_grad_squared: error"):
+        assert_moments(wrong, expected, stock)
+
+
+class TestStockMoments:
+    """The low-precision run that a budget is made of."""
+
+    def test_with_one_sample_the_error_is_that_of_the_oracle_in_that_dtype(self):
+        model, inputs, target = build(FEW[1], torch.float32)
+        x = [t.detach() for t in inputs]
+        expected = oracle(model, weighted_sum, x, target, reduction="sum")
+        low = oracle(model, weighted_sum, x, target, reduction="sum", dtype=torch.float32)
+        stock = stock_moments(model, weighted_sum, x, target, reduction="sum", dtype=torch.float32, samples=1)
+        for name, m in expected.items():
+            assert torch.equal(stock[name].grad, m.grad + (low[name].grad - m.grad).abs())
+
+    def test_more_samples_bring_larger_errors_the_same_each_time_and_leave_the_generator_alone(self):
+        model, inputs, target = build(FEW[1], torch.float32)
+        before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        runs = [
+            stock_moments(model, weighted_sum, [x.detach() for x in inputs], target, dtype=torch.float32, samples=n)
+            for n in (1, 4, 4)
+        ]
+        for name in runs[0]:
+            one, four, again = (run[name].sum_grad_squared for run in runs)
+            assert (four >= one).all() and (four > one).any() and torch.equal(four, again)
+        assert torch.equal(torch.get_rng_state(), before[1])
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before[0].items())
+
+    def test_no_samples_are_refused(self):
+        model, inputs, target = build(FEW[0], torch.float32)
+        with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+            stock_moments(model, weighted_sum, [x.detach() for x in inputs], target, dtype=torch.float32, samples=0)
 
 
 COMPILED = ["Bilinear", "PReLU", "GRUCell", "InstanceNorm1d", "ConvTranspose2d"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -13,6 +14,13 @@ from ..moments.uses import Call
 from ._common import add_small, add_uses, apply, call_of, cast, one_use, ops, owned, rows, sum_positions
 
 __all__ = ["input_major_linear", "linear"]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, which rounds twice, before and after it adds the bias, where x is not contiguous; once here."""
+    if x.is_contiguous() or bias is None or x.dim() < 3 or x.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x, weight, bias)
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _Linear(Function):
@@ -33,7 +41,7 @@ class _Linear(Function):
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
         weight = cast(weight, x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return owned(F.linear(x, weight, None if bias is None else cast(bias, x.dtype)))
+        return owned(_linear(x, weight, None if bias is None else cast(bias, x.dtype)))
 
     @staticmethod
     @once_differentiable
@@ -89,7 +97,7 @@ class _InputMajorLinear(Function):
         ctx.grad_dtype, ctx.batch_dim = weight.dtype, batch_dim
         weight = cast(weight, x.dtype)
         ctx.save_for_backward(x if weight_leaf is not None else None, weight)
-        return owned(F.linear(x, weight.t(), cast(bias, x.dtype)))
+        return owned(_linear(x, weight.t(), cast(bias, x.dtype)))
 
     @staticmethod
     @once_differentiable
