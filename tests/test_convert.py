@@ -100,7 +100,8 @@ def frozen(module):
 
 BATCH = (
     "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its place, which "
-    'px.convert(model, batchnorm="group") does, or a BatchNorm1d/2d/3d in eval mode (its .eval()), which is served'
+    'px.convert(model, batchnorm="group") does, or in eval mode (its .eval()) torch.nn\'s own BatchNorm1d/2d/3d or '
+    "SyncBatchNorm, which are served"
 )
 LAZY = "its parameters have no shape yet; run one forward pass before converting"
 MAX_NORM = "max_norm changes the weight in the forward pass, which no gradient sees; normalise after the step instead"

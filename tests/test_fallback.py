@@ -321,13 +321,12 @@ def test_compiled_around_the_fallback():
 class TestBatchNorm:
     """Refused, replaced, or in eval mode served."""
 
-    def test_group_norm_in_its_place(self):
-        model = nn.Sequential(
-            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.BatchNorm1d(54, affine=False)
-        )
+    @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+    def test_group_norm_in_its_place(self, norm):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm(6), nn.Flatten(), nn.BatchNorm1d(54, affine=False))
         weight = model[1].weight
         assert [str(row) for row in px.convert(model, dry_run=True, batchnorm="group")][1:] == [
-            "1 (BatchNorm2d): 3 groups; running statistics dropped",
+            f"1 ({norm.__name__}): 3 groups; running statistics dropped",
             "3 (BatchNorm1d): 27 groups; running statistics dropped",
         ]
         px.convert(model.double(), batchnorm="group")

@@ -17,6 +17,8 @@ NORMS = {
     "batch1-positions": (lambda: nn.BatchNorm1d(4, eps=1e-2), (5, 4, 3)),
     "batch2": (lambda: nn.BatchNorm2d(4), (3, 4, 5, 2)),
     "batch3": (lambda: nn.BatchNorm3d(4), (2, 4, 3, 2, 2)),
+    "sync-rows": (lambda: nn.SyncBatchNorm(4), (5, 4)),
+    "sync": (lambda: nn.SyncBatchNorm(4, eps=1e-2), (3, 4, 5, 2)),
     "instance1": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (5, 4, 3)),
     "instance2": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (3, 4, 5, 2)),
     "instance3": (lambda: nn.InstanceNorm3d(4, affine=True, track_running_stats=True), (2, 4, 3, 2, 2)),
@@ -78,12 +80,14 @@ def test_in_training_running_statistics_are_kept_and_have_no_part_in_the_output(
     assert_moments(converted, expected)
 
 
-def test_batch_norm_that_goes_back_to_training_is_refused_by_name():
-    model, x, _ = model_of("batch2")
+@pytest.mark.parametrize("name", ["batch2", "sync"])
+def test_batch_norm_that_goes_back_to_training_is_refused_by_name(name):
+    model, x, _ = model_of(name)
+    kind = type(model[1]).__name__
     model[1].eval()
     px.convert(model)
     model.train()
-    with pytest.raises(ValueError, match=r"1: BatchNorm2d with the statistics of the batch.*call \.eval\(\)"):
+    with pytest.raises(ValueError, match=rf"1: {kind} with the statistics of the batch.*call \.eval\(\)"):
         model(x)
 
 

@@ -39,6 +39,7 @@ LAYERS: dict[type[nn.Module], type[MomentModule]] = {
     nn.BatchNorm1d: px_nn.BatchNorm1d,
     nn.BatchNorm2d: px_nn.BatchNorm2d,
     nn.BatchNorm3d: px_nn.BatchNorm3d,
+    nn.SyncBatchNorm: px_nn.SyncBatchNorm,
     nn.Embedding: px_nn.Embedding,
     nn.EmbeddingBag: px_nn.EmbeddingBag,
     nn.Bilinear: px_nn.Bilinear,

@@ -114,8 +114,8 @@ def _batch_norm(
             class_name,
             "refused",
             "batch statistics mix the examples, so no per-example gradient exists; use torch.nn.GroupNorm in its "
-            'place, which px.convert(model, batchnorm="group") does, or a BatchNorm1d/2d/3d in eval mode '
-            "(its .eval()), which is served",
+            'place, which px.convert(model, batchnorm="group") does, or in eval mode (its .eval()) '
+            "torch.nn's own BatchNorm1d/2d/3d or SyncBatchNorm, which are served",
         )
     trainable = any(p.requires_grad for p in own.values())
     return Served(name, class_name, "kernel" if trainable else "frozen", "as long as it stays in eval mode")

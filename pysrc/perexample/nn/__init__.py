@@ -17,6 +17,7 @@ from .norm import (
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
+    SyncBatchNorm,
 )
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .transformer import (
@@ -57,6 +58,7 @@ __all__ = [
     "PReLU",
     "RMSNorm",
     "RNNCell",
+    "SyncBatchNorm",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -19,6 +19,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "SyncBatchNorm",
 ]
 
 
@@ -153,3 +154,7 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d in eval mode, as `BatchNorm1d`. Input (B, C, D, H, W)."""
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm in eval mode, where nothing is synchronised: as `BatchNorm1d`. Input (B, C, ...)."""
