@@ -69,6 +69,7 @@ class Split(NamedTuple):
 WORKSPACE = 16 << 20
 
 
+@functools.lru_cache(maxsize=4096)  # looks at thousands of splits where a batch is long and tiles are few
 def split(units: int, tiles: int, programs: int, size: int, unit: int = 1) -> Split:
     """Split a batch so that the programs come out even: the fewest rounds, each as short as can be.
 

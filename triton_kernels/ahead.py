@@ -28,9 +28,10 @@ from triton.runtime import driver
 from . import _launch, configs, conv, linear
 
 # Of an architecture: multiprocessors of its best known GPU, bytes of shared memory for a program and for a
-# multiprocessor (a program costs 1 KB more), registers of a multiprocessor.
+# multiprocessor (a program costs 1 KB more), registers of a multiprocessor. 8.0 has 166,912 bytes for a program, but
+# its rows also serve 8.6, 8.9 and 12.x.
 PROCESSORS = {80: 108, 90: 132, 100: 148}
-SHARED_PROGRAM = {80: 166912, 90: 232448, 100: 232448}
+SHARED_PROGRAM = {80: 101376, 90: 232448, 100: 232448}
 SHARED_PROCESSOR = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS_PROCESSOR = 65536
 

@@ -186,7 +186,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether TMA can load (B, T, columns): 16-byte rows, one after another without overlap."""
+    """Whether TMA can load (B, T, columns): 16-byte rows, one after another without overlap, and 32-bit places."""
     size = tensor.element_size()
     rows = tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1] * tensor.stride(1)
     return (
@@ -196,6 +196,8 @@ def _describable(tensor: Tensor) -> bool:
         and rows * size % 16 == 0
         and tensor.stride(1) >= tensor.shape[2]
         and rows >= (tensor.shape[1] - 1) * tensor.stride(1) + tensor.shape[2]
+        and rows % tensor.stride(1) == 0  # strides nested, as those of a slice are
+        and max(tensor.shape) < 2**31
     )
 
 

@@ -20,19 +20,18 @@ from .reduce import bias_moments
 
 @triton.jit
 def _normalized(
-    dy, x, mean, rstd, weight, dx, rows, features, positions, weights, dy_b, dy_r, dy_f, dy_p, x_b, x_r, x_f, x_p,
+    dy, x, mean, rstd, weight, dx, rows, size, positions, weights, dy_b, dy_r, dy_f, dy_p, x_b, x_r, x_f, x_p,
     dx_b, dx_r, dx_f, dx_p, eps,
     BLOCK: tl.constexpr, MEAN: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, DX: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (h - mean(h) - xhat mean(h xhat)), h = dy weight  (MATHS 7); first mean and rstd where not GIVEN.
 
-    A program takes what was normalized together: (features, positions) of row r of example b. Feature f of row r has
-    the weight r * weights + f: (B, T, D) is (b, r=t, f=d), (B, C, S) is (b, r=group, f=channel in it, p=s).
+    A program takes what was normalized together: `size` elements, (features, positions) of row r of example b. Feature
+    f of row r has the weight r * weights + f: (B, T, D) is (b, r=t, f=d), (B, C, S) is (b, r=group, f=channel, p=s).
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // rows
     r = row % rows
-    size = features * positions
     dy_row = dy + b * dy_b + r * dy_r
     x_row = x + b * x_b + r * x_r
     dx_row = dx + b * dx_b + r * dx_r
@@ -92,7 +91,7 @@ def _scaled(
     WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx[b,c,s] = dy[b,c,s] weight[c] rstd[c]  (MATHS 7), for a block of the (channels, positions) of one example."""
-    size = channels.to(tl.int64) * positions
+    size = tl.cast(channels, tl.int64) * positions
     blocks = tl.cdiv(size, BLOCK)
     b = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -191,10 +190,11 @@ def _norm(
     dx = torch.empty(dy.shape if output_mask[0] else (0, 1, 1), dtype=dy.dtype, device=dy.device)
     empty = dy.numel() == 0
     if not empty and (output_mask[0] or (output_mask[1] and not given)):
-        block = min(configs.NORM_ROW, _launch.power_of_two(features * positions))
+        size = features * positions
+        block = min(configs.NORM_ROW, _launch.power_of_two(size))
         _launch.launch(
             _normalized, (batch * rows,), dy, x, rstd if mean is None else mean, rstd,
-            rstd if weight is None else weight.contiguous(), dx, rows, features, positions, weights, *strides(dy),
+            rstd if weight is None else weight.contiguous(), dx, rows, size, positions, weights, *strides(dy),
             *strides(x), *strides(dx), eps, BLOCK=block, MEAN=centered, GIVEN=given, WEIGHT=weight is not None,
             DX=output_mask[0], num_warps=max(1, min(8, block // 128)),
         )  # fmt: skip

@@ -21,13 +21,13 @@ def _bias(
     part = tl.program_id(1)
     first = part * examples
     last = tl.minimum(first + examples, batch)
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    o = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
     t = tl.arange(0, BT)
     wide: tl.constexpr = db_sq.dtype.element_ty
     total = tl.zeros((BO,), wide)
     total_sq = tl.zeros((BO,), wide)
     for b in range(first, last):
-        example = dy + tl.cast(b, tl.int64) * dy_b + o[None, :].to(tl.int64) * dy_o
+        example = dy + tl.cast(b, tl.int64) * dy_b + o[None, :] * dy_o
         rows = tl.zeros((BT, BO), wide)
         for block in range(0, positions, BT):
             at = block + t[:, None]

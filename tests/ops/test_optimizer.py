@@ -306,6 +306,16 @@ def test_one_example_is_the_simplified_optimizer(which, kind):
         assert torch.equal(a, e)
 
 
+@both
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].get("centered")])
+def test_a_variance_that_rounds_below_zero_counts_as_zero(which, kind):
+    group = Group(((70,), (3,)), kind=kind)
+    group.grads = group.views(group.exp_avg)  # so that the averages stay what they are
+    group.sums = [g.square() * ((1 - 2**-10) / 6) for g in group.grads]
+    group.exp_avg_sq = group.exp_avg.square() * (1 - 2**-10)
+    check_step(which, group)
+
+
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=12),

@@ -154,6 +154,10 @@ def test_descriptors_describe_only_what_tma_can_load():
     assert kernel(x[:1].transpose(0, 1)[:, :1].transpose(0, 1), x[:1]) == "descriptor"  # any stride of a batch of one
     assert kernel(torch.zeros(4, 6, 12).bfloat16(), x) == "pointer"  # rows of 24 bytes
     assert kernel(x[:, :1], x[:, :1]) == "one position"
+    assert kernel(torch.zeros(1000).bfloat16().as_strided((4, 6, 32), (200, 32, 1)), x) == "pointer"
+    assert kernel(x, torch.zeros(4, 7, 40).bfloat16()[:, 1:, 8:]) == "descriptor"
+    huge = torch.empty(2**31, 2, 32, dtype=torch.bfloat16, device="meta")
+    assert kernel(huge[1:], huge[1:]) == "descriptor" and kernel(huge, huge) == "pointer"
 
 
 def test_wrong_arguments_raise():

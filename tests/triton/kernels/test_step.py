@@ -52,6 +52,11 @@ def test_options(options):
         check_step("triton", Group(((9,),), kind="centered", per_batch=True), **options)
 
 
+@pytest.mark.parametrize("kind", ["centered", "centered over sigma squared"])
+def test_a_variance_that_rounds_below_zero_counts_as_zero(kind):
+    cases.test_a_variance_that_rounds_below_zero_counts_as_zero("triton", kind)
+
+
 def test_the_power_form_is_exact_however_long_the_memory():
     """1 - (1 - 1 / N)**B without its cancellation, in float64: N from 1 to as good as infinite."""
     for horizon in (1.0, 1.5, 2.0, 1e3, 1e9, 1e15, math.inf):

@@ -43,6 +43,13 @@ def test_bad_tiles_are_caught(tile, expected):
     assert any(expected in problem for problem in found), found
 
 
+def test_what_serves_8_6_fits_its_shared_memory():
+    row, tile = ("pointer", "half", 0), Tile(128, 128, 64, 8, 8)
+    compiled = ahead.compile_linear(80, row, torch.bfloat16, tile)
+    assert 101_376 < compiled.shared < 166_912
+    assert f"{compiled.shared} bytes of shared memory" in ahead.linear_problems(compiled, row, tile)
+
+
 @triton.jit
 def _nested(
     dy, x, dw, dw_sq, batch, positions, outputs, inputs, examples,
