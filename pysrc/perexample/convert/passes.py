@@ -16,6 +16,7 @@ from ..moments import ExampleCount, MomentModule, _Mode, overlap
 from ..moments.bypass import refuse_bypass
 from ..moments.layout import PassInput
 from ..moments.module import WITH, WITHOUT
+from .influence import refuse_moved_batch
 
 __all__ = ["batch_of", "follow_passes"]
 
@@ -61,7 +62,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     examples.root = root
     examples.end_pass()
     examples.training = module.training
-    if not (torch.is_grad_enabled() and _Mode.enabled):
+    if not ((torch.is_grad_enabled() or examples.watched is not None) and _Mode.enabled):
         examples.unnoticed = examples.unnoticed or torch.is_grad_enabled()
         return
     if eager:
@@ -76,6 +77,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if found is not None:
         examples.batch = found.tensor.shape[found.axis]
         if eager:
+            found.watched = examples.watched
             examples.input = found
     elif module.training:
         raise TypeError(
@@ -120,9 +122,13 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     examples: ExampleCount = module._examples  # type: ignore[assignment]
     if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
         return None
-    batch, used = examples.batch, examples.used
+    batch, used, known = examples.batch, examples.used, examples.input
     _refuse_lone_row(module, examples, _tensors((args, kwargs)), output)
     examples.end_pass()
+    if known is not None and known.unclear:
+        examples.unclear += 1
+        if _now(examples.unclear):
+            refuse_moved_batch(module, args, kwargs, known)
     if not module.training and all(how == WITHOUT for how in used.values()):
         if used:
             _watch(examples, output)
@@ -186,8 +192,13 @@ def _look(outputs: list[Tensor], examples: ExampleCount, used: dict[str, str]) -
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return
     examples.passes += 1
-    if examples.passes & (examples.passes - 1) == 0 or examples.passes % 1024 == 0:
+    if examples.watched is None and _now(examples.passes):
         refuse_bypass(outputs, examples, used, WITH)
+
+
+def _now(times: int) -> bool:
+    """Whether to look once more after so many times: 1, 2, 4, 8, ..., and every 1024."""
+    return times & (times - 1) == 0 or times % 1024 == 0
 
 
 def _watch(examples: ExampleCount, output: Any) -> None:

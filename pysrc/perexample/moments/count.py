@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from .layout import PassInput
+from .layout import PassInput, Seen
 from .uses import Uses
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class ExampleCount:
         self.batch: int | None = None  # examples of the forward pass under way; None outside of one
         self.batch_dim = 0  # which dimension of the layers' inputs it is
         self.input: PassInput | None = None  # of the pass under way, in eager mode
+        self.watched: tuple[dict[str, bool], list[Seen]] | None = None  # in a copy that only looks (see `PassInput`)
+        self.unclear = 0  # passes in which some layer's input did not show where its batch is
         self.training = False  # whether the model that began the pass is in training
         self.used: dict[str, str] = {}  # the parameters that it has used so far, and how (see `MomentModule`)
         self.uses: dict[Moment, Uses] = {}  # of those, the uses in eager mode with second moments

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .places import MOVES, Place, before, operation_of
 
-__all__ = ["PassInput", "ambiguous", "moved_from"]
+__all__ = ["PassInput", "Seen", "ambiguous", "moved_from"]
 
 _LONGEST = 64  # nodes of a walk
 
@@ -35,11 +36,31 @@ _ELEMENTWISE = frozenset(  # of one tensor: passed by quickly
 )
 
 
-class PassInput(NamedTuple):
-    """The input of the forward pass under way that its batch size was taken from, and which dimension that was."""
+class Seen(NamedTuple):
+    """What a layer has seen: its name, which dimension it takes for the batch, and a copy of its input."""
+
+    name: str
+    axis: int
+    tensor: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class PassInput:
+    """The input of the forward pass under way that its batch size was taken from, and which dimension that was.
+
+    `unclear` are the layers, or parameters of the fallback (True), whose inputs do not show where their batch is.
+    Where `watched` is set, it is filled with the inputs of those layers, and nothing else is done.
+    """
 
     tensor: Tensor
     axis: int
+    unclear: dict[str, bool] = field(default_factory=dict)
+    watched: tuple[dict[str, bool], list[Seen]] | None = None
+
+    def note(self, name: str, tensor: Tensor, batch: int, fallback: bool) -> None:
+        """Note that it is unclear where `tensor` has its batch, if another dimension is as long."""
+        if max(tensor.shape.count(batch), self.tensor.shape.count(batch)) > 1:
+            self.unclear[name] = fallback
 
 
 def ambiguous(shape: Sequence[int], axis: int, batch: int) -> bool:
@@ -52,8 +73,26 @@ def ambiguous(shape: Sequence[int], axis: int, batch: int) -> bool:
     return False
 
 
-def moved_from(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -> str:
-    """What shows that dimension `axis` of `tensor`, as long as the batch, is not the batch; "" where nothing does."""
+def moved_from(
+    tensor: Tensor, axis: int, batch: int, known: PassInput | None, name: str, *, fallback: bool = False
+) -> str:
+    """What shows that dimension `axis` of `tensor`, as long as the batch, is not the batch; "" where nothing does.
+
+    `name` is that of the layer, or of the parameter of the `fallback`, which sees `tensor`; it is noted down where
+    nothing shows that the dimension is the batch, either.
+    """
+    if known is not None and known.watched is not None:
+        if name in known.watched[0]:
+            known.watched[1].append(Seen(name, axis, tensor.detach().clone()))
+        return ""
+    found = _moved(tensor, axis, batch, known)
+    if found is None and known is not None:
+        known.note(name, tensor, batch, fallback)
+    return found or ""
+
+
+def _moved(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -> str | None:
+    """What shows that the dimension is not the batch, "" where it is known to be, None if unknown."""
     node: Any = tensor.grad_fn
     if node is None:
         if known is None or tensor is known.tensor:
@@ -70,7 +109,7 @@ def moved_from(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -
         others = (i for i, size in enumerate(tensor.shape) if size == batch and i != axis)
         if any(_walk(node, number, i, batch, known)[0] for i in others):
             return "another dimension is"
-        return ""
+        return None
     return "" if is_batch else f"{last or 'an operation'} put another one there"
 
 
@@ -88,7 +127,7 @@ def _moved_view(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
     return ""
 
 
-def _moved_copy(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
+def _moved_copy(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str | None:
     """The same of a copy, by its values: those of the input with its dimensions in another order."""
     source = known.tensor.detach()
     dims = source.dim()
@@ -100,13 +139,13 @@ def _moved_copy(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
         or torch._C._functorch.maybe_current_level() is not None
     ):
-        return ""
+        return None
     orders = [order for order in itertools.permutations(range(dims)) if source.permute(order).shape == tensor.shape]
     # Where it is the same in both orders nothing has moved.
     for order in sorted(orders, key=lambda order: order[axis] != known.axis):
         if torch.equal(tensor.detach(), source.permute(order).to(tensor.dtype)):
             return "" if order[axis] == known.axis else "it is a copy of the model's input with its dimensions moved"
-    return ""
+    return None
 
 
 def _walk(node: Any, number: int, axis: int, batch: int, known: PassInput | None) -> tuple[bool | None, str]:

@@ -139,6 +139,8 @@ class MomentModule(nn.Module):
             return True
         if torch.compiler.is_compiling() or self._examples.batch is None:
             return False
+        if self._examples.watched is not None:
+            return recording
         if torch.is_grad_enabled():
             for name in trainable:
                 self._note_use(name, WITHOUT)
@@ -185,7 +187,7 @@ class MomentModule(nn.Module):
                 f"not dimension {axis}"
             )
         elif not torch.compiler.is_compiling() and ambiguous(x.shape, axis, batch):
-            moved = moved_from(x, axis, batch, self._examples.input)
+            moved = moved_from(x, axis, batch, self._examples.input, self._label())
             if moved:
                 why = f"{batch} rows, as many as the batch has examples, but dimension {axis} is not the batch: {moved}"
         if why:

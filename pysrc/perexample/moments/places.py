@@ -101,11 +101,8 @@ def _dim(node: Any, operation: str, dim: int, after: Sequence[int], shape: Seque
         return dim
     if operation.startswith(_BROADCAST):
         return dim - (len(after) - dims)
-    # Whatever else it is, it does not move dimensions; PyTorch's own (their names end in a number) also if some change
-    # in length.
-    if tuple(shape) == tuple(after) or (len(shape) == len(after) and node.name()[-1:].isdigit()):
-        return dim
-    return None
+    # Whatever else it is, it does not move dimensions, if it is PyTorch's own (their names end in a number).
+    return dim if len(shape) == len(after) and node.name()[-1:].isdigit() else None
 
 
 def _permutation(node: Any, operation: str, dims: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from ..convert.influence import cuda_devices
 from ..convert.passes import batch_of
 from ..moments import accumulate_dtype, no_moments
 
@@ -74,7 +75,7 @@ def check(
         _without_dropout(module)
     loop = _Loop(model, loss, reduction, dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(_cuda_devices(model)):
+    with torch.random.fork_rng(cuda_devices(model)):
         try:
             expected, examples = loop.moments(named)
             loop.restore()
@@ -106,12 +107,8 @@ def _without_dropout(module: nn.Module) -> None:
             module.__dict__[name] = 0.0
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-
-
 def _random_state(model: nn.Module) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _cuda_devices(model))]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda_devices(model))]
 
 
 @torch.no_grad()

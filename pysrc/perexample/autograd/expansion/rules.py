@@ -85,7 +85,8 @@ class Rule(Meeting):
         """Raise where it is known that another dimension than the batch stands in the place of the batch."""
         axis = axis_of(carrier, self.batch_dim)
         if ambiguous(carrier.shape, axis, self.batch):
-            moved = moved_from(carrier, axis, self.batch, self.first.origin.input)
+            origin = self.first.origin
+            moved = moved_from(carrier, axis, self.batch, origin.input, origin.name, fallback=True)
             if moved:
                 self.refuse(
                     f"with a tensor of shape {tuple(carrier.shape)} whose dimension {axis} is as long as the batch but "

@@ -1,0 +1,200 @@
+"""Where the batch is in what a layer sees, found by another example in its place.
+
+Where another dimension is as long as the batch and autograd's graph does not tell (`moments.layout`), the model's
+forward runs again, on a copy: first on the same input, then with one row of it replaced by another row. What a layer
+sees may then differ in that row only. If instead it differs in other rows too, but in that one place only along another
+dimension, then that one is the batch. All runs take the same random numbers, and are compared to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global
+from torch.utils import _pytree as pytree
+
+from ..moments import ExampleCount
+from ..moments.layout import PassInput, Seen
+
+__all__ = ["cuda_devices", "refuse_moved_batch"]
+
+
+def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: PassInput) -> None:
+    """Raise where one of the layers in `known.unclear` has seen another dimension in the place of the batch.
+
+    Nothing of `module`, its inputs or the random numbers changes. Where something might (hooks, other processes), or
+    where forward cannot be repeated on a copy, no verdict is made.
+    """
+    if known.tensor.shape[known.axis] < 2 or not _repeatable(module, known.tensor):
+        return
+    try:
+        with _restored(module):
+            found = _Trials(module, args, kwargs, known).moved()
+    except Exception:
+        return
+    if found is not None:
+        (name, axis, tensor), dim = found
+        raise ValueError(
+            f"{name} saw {tensor.shape[axis]} rows, as many as the batch has examples, but dimension {axis} is not the "
+            f"batch: another example in the model's input changes dimension {dim} there; keep the batch as dimension "
+            f"{axis} up to this layer, or run this part under px.no_moments()"
+        )
+
+
+def _repeatable(module: nn.Module, x: Tensor) -> bool:
+    """Whether forward may run again: nobody but the model itself would notice, and a copy tells what the model does."""
+    hooks = [*_global._global_forward_hooks.values(), *_global._global_forward_pre_hooks.values()]
+    for part in module.modules():
+        hooks += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if hasattr(part, "_orig_mod") or isinstance(part, torch.jit.ScriptModule):
+            return False
+    for p in module.parameters():
+        if type(p) is not nn.Parameter or p.device.type == "meta":
+            return False
+    distributed = torch.distributed
+    return (
+        all(_belongs(hook) for hook in hooks)
+        and not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and x.device.type in ("cpu", "cuda")  # whose random numbers are restored
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _belongs(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is this library's, or one of PyTorch's that computes a weight."""
+    name = getattr(hook, "__module__", None) or type(hook).__module__
+    return name.split(".")[0] == __name__.split(".")[0] or name.startswith("torch.nn.utils.")
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Leave the streams of random numbers, autocast's cache and the warnings as they are."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def cuda_devices(module: nn.Module) -> list[int]:
+    """The numbers of the CUDA devices that `module` has parameters on."""
+    return sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
+
+
+class _Trial(NamedTuple):
+    """What the layers in question saw in one run, and what the model returned."""
+
+    seen: list[Seen]
+    outputs: list[Tensor]
+
+
+class _Trials:
+    """Repetitions of one forward pass, with other examples."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: PassInput) -> None:
+        self.module, self.known = module, known
+        self.flat, self.spec = pytree.tree_flatten((args, kwargs))
+        self.batch = known.tensor.shape[known.axis]
+        self.rows = 0, self.batch - 1
+
+    def moved(self) -> tuple[Seen, int] | None:
+        """What a layer saw whose batch is another dimension, and which; None if none is known."""
+        base = self.run()
+        by_first = [self.run(self.known.tensor, row) for row in self.rows]
+        found = self.moved_by(base, by_first)
+        if found is not None or all(self.touched(base, by_first)):
+            return found
+        for tensor in {id(value): value for value in self.flat if isinstance(value, Tensor)}.values():
+            dim = self.known.axis
+            if tensor is not self.known.tensor and tensor.dim() > dim and tensor.shape[dim] == self.batch:
+                trials = [self.run(tensor, row) for row in self.rows]
+                if self.same_examples(base, by_first, trials):
+                    found = self.moved_by(base, trials)
+                    if found is not None:
+                        return found
+        return None
+
+    def run(self, tensor: Tensor | None = None, row: int = 0) -> _Trial:
+        """Run forward on copies, with another row of the input `tensor` in the place of `row`."""
+        # The parameters are shared, what else there is in the model is the copy's own.
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        module = copy.deepcopy(self.module, memo)
+        examples: ExampleCount = module._examples  # type: ignore[assignment]
+        seen: list[Seen] = []
+        examples.watched = self.known.unclear, seen
+        copies: dict[int, Any] = {}
+        for value in self.flat:
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        if tensor is not None:
+            rows = tensor.detach().movedim(self.known.axis, 0)
+            copies[id(tensor)].movedim(self.known.axis, 0)[row] = rows[1 if row == 0 else row - 1]
+        args, kwargs = pytree.tree_unflatten([copies[id(value)] for value in self.flat], self.spec)
+        # The exact fallback looks at what its parameters meet only where there are gradients.
+        with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(any(self.known.unclear.values())):
+            outputs = pytree.tree_leaves(module(*args, **kwargs))
+        return _Trial(seen, [output.detach() for output in outputs if isinstance(output, Tensor)])
+
+    def moved_by(self, base: _Trial, trials: list[_Trial]) -> tuple[Seen, int] | None:
+        """The same as `moved`, by `trials` in which each of `rows` was replaced."""
+        for i, seen in enumerate(base.seen):
+            dims = self.carriers([seen.tensor, *(trial.seen[i].tensor for trial in trials)])
+            if dims and seen.axis not in dims:
+                return seen, dims[0]
+        return None
+
+    def touched(self, base: _Trial, trials: list[_Trial]) -> Iterator[bool]:
+        """For each layer, whether it saw anything of what was replaced."""
+        for i, seen in enumerate(base.seen):
+            yield any(_differ(seen.tensor, trial.seen[i].tensor).any() for trial in trials)
+
+    def same_examples(self, base: _Trial, by_first: list[_Trial], trials: list[_Trial]) -> bool:
+        """Whether what was replaced changes the same rows of an output as examples of the first input do."""
+        for i, output in enumerate(base.outputs):
+            one, other = (self.carriers([output, *(t.outputs[i] for t in tried)]) for tried in (by_first, trials))
+            if set(one) & set(other):
+                return True
+        return False
+
+    def carriers(self, versions: list[Tensor]) -> list[int]:
+        """The dimensions along which the first of `versions` differs from each other one in the replaced row alone."""
+        base, *others = versions
+        changed = [_differ(base, other) for other in others]
+        pairs = list(zip(changed, self.rows, strict=True))
+        return [dim for dim in range(base.dim()) if all(_only(where, dim, row, self.batch) for where, row in pairs)]
+
+
+def _differ(x: Tensor, y: Tensor) -> Tensor:
+    """Where `x` and `y`, of one shape, are not the same to the bit."""
+    if (x.shape, x.dtype) != (y.shape, y.dtype):
+        raise ValueError("what the model does depends on the examples")
+    return (x != y) & ~((x != x) & (y != y))
+
+
+def _only(changed: Tensor, dim: int, row: int, batch: int) -> bool:
+    """Whether along dimension `dim`, which is the batch or has it folded in, the changes are where `row` is, only."""
+    size = changed.shape[dim]
+    where = changed.movedim(dim, 0).flatten(1).any(1).cpu()
+    steps = [step for step in range(1, size // batch + 1) if size % (step * batch) == 0]
+    return any(torch.equal(where, torch.arange(size) // step % batch == row) for step in steps)

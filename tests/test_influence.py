@@ -1,0 +1,259 @@
+"""Where autograd's graph does not show the batch another example in the input does, and nobody notices the trial."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+import threading
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from models import randn, weighted_sum
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import perexample as px
+from perexample.testing import assert_moments, oracle
+
+SAME = 4  # examples, positions and features alike
+X = randn(SAME, SAME, SAME)
+
+
+class Model(nn.Module):
+    """A first layer, and a second one or a parameter of its own, as `body` uses them."""
+
+    def __init__(self, body, fallback=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body
+        self.first = nn.Linear(SAME, SAME)
+        self.layer = nn.Linear(SAME, 3)
+        self.scale = nn.Parameter(randn(SAME, seed=2).float()) if fallback else None
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def second(self, x):
+        return self.layer(x) if self.scale is None else x * self.scale
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(x)
+        FORWARDS.append(x)
+        return self.body(self, x)
+
+
+FORWARDS: list[torch.Tensor] = []
+
+
+@pytest.fixture(autouse=True)
+def count_forwards():
+    FORWARDS.clear()
+
+
+class Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.transpose(0, 1)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def columns(h):
+    y = h.new_empty(h.shape[1], h.shape[0], *h.shape[2:])
+    for i, row in enumerate(h):
+        y[:, i] = row
+    return y
+
+
+def rows(h):
+    y = h.new_empty(h.shape)
+    for i, row in enumerate(h):
+        y[i] = row.tanh()
+    return y
+
+
+MOVED = {
+    "changed": lambda m, x: m.second((2 * x).transpose(0, 1).contiguous()),
+    "standardised": lambda m, x: m.second(((x - 0.2) / 0.3).permute(2, 0, 1).clone()),
+    "dropped out": lambda m, x: m.second(F.dropout(x).transpose(0, 1).contiguous()),
+    "folded": lambda m, x: m.second((2 * x).transpose(0, 1).reshape(SAME, -1)[:, ::SAME]),
+    "one-hot": lambda m, x: m.second(F.one_hot(x.argsort(-1)[..., 0].t(), SAME).to(x)),
+    "detached": lambda m, x: m.second(2 * m.first(x).detach().transpose(0, 1)),
+    "without gradients": lambda m, x: m.second(torch.no_grad()(m.first)(x).transpose(0, 1).contiguous()),
+    "a custom function": lambda m, x: m.second(Turn.apply(m.first(x))),
+    "columns written": lambda m, x: m.second(columns(m.first(x))),
+    "columns of the input written": lambda m, x: m.second(columns(2 * x)),
+    "two index tensors": lambda m, x: m.second(m.first(x)[torch.arange(SAME)[None], torch.arange(SAME)[:, None]]),
+}
+KEPT = {
+    "changed": lambda m, x: m.second(2 * x),
+    "other dimensions": lambda m, x: m.second((2 * x).transpose(1, 2)),
+    "there and back": lambda m, x: m.second((2 * x).transpose(0, 1).contiguous().cumsum(0).transpose(0, 1)),
+    "detached": lambda m, x: m.second(2 * m.first(x).detach()) + m.first(x)[..., :1],
+    "a custom function": lambda m, x: m.second(Twice.apply(m.first(x))),
+    "there and back by a custom function": lambda m, x: m.second(Turn.apply(m.first(x).transpose(0, 1))),
+    "rows written": lambda m, x: m.second(rows(m.first(x))),
+    "two index tensors": lambda m, x: m.second(
+        m.first(x)[torch.arange(len(x))[:, None], torch.arange(SAME)[None].expand(len(x), -1)]
+    ),
+    "positions mixed": lambda m, x: m.second((2 * x).softmax(1) @ x.mT),
+    "nothing of the input": lambda m, x: m.second(torch.eye(SAME).to(x).expand(len(x), -1, -1)) + m.first(x)[..., :1],
+}
+
+
+def convert(body, fallback=False):
+    return px.convert(Model(body, fallback).double())
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["kernel", "fallback"])
+class TestTheBatch:
+    @pytest.mark.parametrize("how", MOVED)
+    def test_moved_is_refused(self, how, fallback):
+        model = convert(MOVED[how], fallback)
+        name = "Model.scale" if fallback else "layer"
+        with pytest.raises(
+            ValueError, match=f"^{name} saw 4 rows, .* but dimension 0 is not the batch: another example"
+        ):
+            model(X)
+        assert model._examples.batch is None  # the pass is over
+        assert len(model.seen) == 1
+
+    @pytest.mark.parametrize("how", KEPT)
+    def test_kept_is_exact(self, how, fallback):
+        model = convert(KEPT[how], fallback)
+        output = model(X)
+        weights = randn(*output.shape, seed=3)
+        weighted_sum(output, weights).backward()
+        looked = len(FORWARDS)
+        assert_moments(model, oracle(model, weighted_sum, X, weights, reduction="sum"))
+        assert looked == 4  # it was not clear
+
+
+class TestNobodyNotices:
+    def test_random_numbers_and_state(self, monkeypatch):
+        def body(m, x):
+            factor = random.random() + numpy.random.rand() + torch.rand(()).item()
+            return m.second(F.dropout(factor * x.mul_(2)))
+
+        results = []
+        for look in (True, False):
+            if not look:
+                passes = importlib.import_module("perexample.convert.passes")
+                monkeypatch.setattr(passes, "refuse_moved_batch", lambda *_: None)
+            random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+            model, x = convert(body), X.clone()
+            output = model(x)
+            output.sum().backward()
+            assert model.calls == 1 and len(model.seen) == 1 and torch.equal(x, 2 * X)
+            after = random.random(), numpy.random.rand(), torch.rand(()).item()
+            results.append(
+                [after, output, model._examples.total, *(p.sum_grad_squared for p in model.layer.parameters())]
+            )
+        assert len(FORWARDS) == 4 + 1
+        assert results[0][0] == results[1][0]
+        for one, other in zip(*(result[1:] for result in results), strict=True):
+            assert torch.equal(one, other)
+
+    def test_it_is_tried_ever_more_rarely_and_only_where_it_is_unclear(self):
+        model = convert(KEPT["changed"])
+        for _ in range(9):
+            model(X)
+        assert len(FORWARDS) == 9 + 3 * 4
+        FORWARDS.clear()
+        model.body = lambda m, x: m.second(m.first(x).tanh() + 1)
+        model(X)
+        model.body = KEPT["changed"]
+        model(randn(3, SAME, SAME))
+        with torch.no_grad():
+            model(X)
+        with px.no_moments():
+            model(X)
+        assert len(FORWARDS) == 4
+
+    def test_hooks_and_modes_of_others_are_left_alone(self):
+        seen = []
+        model = convert(MOVED["changed"])
+        handle = model.layer.register_forward_hook(lambda *_: seen.append(1))
+        model(X)
+        assert len(seen) == len(FORWARDS) == 1
+        handle.remove()
+        with FlopCounterMode(display=False):
+            model(X)
+        assert len(FORWARDS) == 2
+        for _ in range(2):  # one more, and the pass after it
+            with contextlib.suppress(ValueError):
+                model(X)
+        assert len(FORWARDS) == 4 + 3
+
+    def test_what_cannot_be_repeated_gets_no_verdict(self):
+        def once(m, x):
+            if len(FORWARDS) > 1:
+                raise RuntimeError("once only")
+            return MOVED["changed"](m, x)
+
+        assert convert(once)(X).shape == (SAME, SAME, 3)
+        assert len(FORWARDS) == 2
+        locked = convert(MOVED["changed"])
+        locked.lock = threading.Lock()  # cannot be copied
+        locked(X)
+        assert len(FORWARDS) == 3
+
+    def test_batches_that_interact_get_no_verdict(self):
+        convert(lambda m, x: m.second((x - x.mean()).transpose(0, 1).contiguous()))(X)
+        assert len(FORWARDS) == 4
+
+
+class Several(nn.Module):
+    """Of inputs in whatever structure."""
+
+    def __init__(self, body):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.second = body, nn.Linear(SAME, SAME), nn.Linear(SAME, SAME)
+
+    def forward(self, *args, **kwargs):
+        return self.body(self, *args, **kwargs)
+
+
+Y = randn(SAME, SAME, SAME, seed=5)
+
+
+class TestOtherInputs:
+    @pytest.mark.parametrize("structure", ["positional", "by name", "nested"])
+    def test_moved_is_refused(self, structure):
+        def body(m, x, y):
+            x, y = (x[0]["a"], y[0]) if structure == "nested" else (x, y)
+            return m.first(x) + m.second(y.transpose(0, 1).contiguous()).transpose(0, 1)
+
+        model = px.convert(Several(body).double())
+        given = {"x": [{"a": X}], "y": (Y,)} if structure == "nested" else {"x": X, "y": Y}
+        with pytest.raises(
+            ValueError, match=r"^second saw 4 rows, .* but dimension 0 is not the batch: another example"
+        ):
+            model(*given.values()) if structure == "positional" else model(**given)
+
+    def test_what_is_not_of_examples_may_be_anywhere(self):
+        def body(m, x, y):  # a table of positions
+            return m.first(x) * m.second((2 * y).expand(len(x), -1, -1))
+
+        model = px.convert(Several(body).double())
+        weights = randn(SAME, SAME, SAME, seed=3)
+        (model(X, Y[0]) * weights).sum().backward()
+        grad = model.second.weight.sum_grad_squared
+        c = torch.einsum("bto,ti->boi", weights * model.first(X), 2 * Y[0])
+        torch.testing.assert_close(grad, c.square().sum(0))
