@@ -87,7 +87,14 @@ def rows(h):
     return y
 
 
+def positions(m, x):
+    return m.first(torch.eye(SAME).to(x).expand(len(x), -1, -1))
+
+
 MOVED = {
+    "joined": lambda m, x: m.second(positions(m, x) + (2 * x).transpose(0, 1)),
+    "joined by a product": lambda m, x: m.second((positions(m, x) + 2) * x.transpose(0, 1).exp()),
+    "joined behind another": lambda m, x: m.second(torch.cat([positions(m, x), x.transpose(0, 1)], 2)[..., 2:6]),
     "changed": lambda m, x: m.second((2 * x).transpose(0, 1).contiguous()),
     "standardised": lambda m, x: m.second(((x - 0.2) / 0.3).permute(2, 0, 1).clone()),
     "dropped out": lambda m, x: m.second(F.dropout(x).transpose(0, 1).contiguous()),
@@ -101,6 +108,7 @@ MOVED = {
     "two index tensors": lambda m, x: m.second(m.first(x)[torch.arange(SAME)[None], torch.arange(SAME)[:, None]]),
 }
 KEPT = {
+    "joined": lambda m, x: m.second(positions(m, x) + (2 * x)),
     "changed": lambda m, x: m.second(2 * x),
     "other dimensions": lambda m, x: m.second((2 * x).transpose(1, 2)),
     "there and back": lambda m, x: m.second((2 * x).transpose(0, 1).contiguous().cumsum(0).transpose(0, 1)),

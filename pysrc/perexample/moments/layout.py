@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .places import MOVES, Place, before, operation_of
+from .places import MOVES, Place, before, joins_data, operation_of
 
 __all__ = ["PassInput", "Seen", "ambiguous", "moved_from"]
 
@@ -103,14 +103,16 @@ def _moved(tensor: Tensor, axis: int, batch: int, known: PassInput | None) -> st
         node, number = node.next_functions[0]
     if number == 0 and node.name() in _LAYERS and getattr(node, "batch_dim", 0) == axis:
         return ""  # nearly always
-    is_batch, last = _walk(node, number, axis, batch, known)
+    is_batch, last, alone = _walk(node, number, axis, batch, known)
     if is_batch is None:
         # Nothing is known of this dimension; but of another one it may be, that it is the batch.
         others = (i for i, size in enumerate(tensor.shape) if size == batch and i != axis)
         if any(_walk(node, number, i, batch, known)[0] for i in others):
             return "another dimension is"
         return None
-    return "" if is_batch else f"{last or 'an operation'} put another one there"
+    if is_batch:
+        return "" if alone else None
+    return f"{last or 'an operation'} put another one there"
 
 
 def _moved_view(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str:
@@ -148,26 +150,30 @@ def _moved_copy(tensor: Tensor, axis: int, batch: int, known: PassInput) -> str 
     return None
 
 
-def _walk(node: Any, number: int, axis: int, batch: int, known: PassInput | None) -> tuple[bool | None, str]:
-    """Whether dimension `axis` of what `node` made is the batch, None if unknown; and the last that moved it."""
+def _walk(node: Any, number: int, axis: int, batch: int, known: PassInput | None) -> tuple[bool | None, str, bool]:
+    """Whether dimension `axis` of what `node` made is the batch, None if unknown; and the last that moved it.
+
+    And whether it met nothing on the way that has no history, and might have its batch elsewhere.
+    """
     seen: set[Any] = set()
-    pending: list[tuple[Any, int, Place, str]] = [(node, number, Place(axis, 1), "")]
+    pending: list[tuple[Any, int, Place, str, bool]] = [(node, number, Place(axis, 1), "", True)]
     while pending and len(seen) < _LONGEST:
-        node, number, place, last = pending.pop()
+        node, number, place, last, alone = pending.pop()
         if node in seen:
             continue
         seen.add(node)
         name = node.name()
         true_axis = _known(node, name, number, known)
         if true_axis is not None:
-            return place == (true_axis, 1), last
+            return place == (true_axis, 1), last, alone
+        alone = alone and not joins_data(node)
         for following, index in node.next_functions:
             if following is not None:
                 found = before(node, number, place, following, index, batch)
                 if found is not None:
                     moved = last or ("" if found == place else MOVES.get(operation_of(name), ""))
-                    pending.append((following, index, found, moved))
-    return None, ""
+                    pending.append((following, index, found, moved, alone))
+    return None, "", False
 
 
 def _known(node: Any, name: str, number: int, known: PassInput | None) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MOVES", "Place", "before", "operation_of"]
+__all__ = ["MOVES", "Place", "before", "joins_data", "operation_of"]
 
 MOVES = {"Permute": "'permute'", "Transpose": "'transpose'", "T": "'t'"}
 
@@ -18,6 +18,7 @@ _BROADCAST = tuple(
     "Add Sub Rsub Mul Div Where Maximum Minimum Pow Lerp Addcmul Addcdiv Expand Repeat Copy Clamp MaskedFill Atan2 "
     "Xlogy Fmod Remainder".split()
 )
+_JOINS = frozenset("Add Sub Mul Div Where Maximum Minimum Lerp Addcmul Addcdiv Cat Stack Copy CopySlices".split())
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear")
 
 
@@ -49,6 +50,11 @@ def before(node: Any, number: int, place: Place, following: Any, index: int, bat
     if dim is None or not 0 <= dim < len(shape) or shape[dim] != after[place.dim]:
         return None
     return Place(dim, place.step)
+
+
+def joins_data(node: Any) -> bool:
+    """Whether `node` may have joined its input with data that has no history; or with a number, which does not show."""
+    return any(following is None for following, _ in node.next_functions) and operation_of(node.name()) in _JOINS
 
 
 def _shapes(node: Any) -> list[Sequence[int]]:
