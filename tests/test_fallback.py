@@ -124,6 +124,47 @@ def test_what_a_module_does_with_its_parameters(which):
         check(model, randn(batch, 5, 3))
 
 
+LEARNED = {
+    "added": lambda n, x, q: n.pre(x) + n.fc(q),
+    "added to data": lambda n, x, q: x + n.fc(q)[None],
+    "through two layers": lambda n, x, q: n.ln(n.fc(q).tanh()) * n.pre(x),
+    "through three": lambda n, x, q: n.ln(n.fc(n.ln(q)))[None] - n.pre(x),
+    "product with data": lambda n, x, q: x @ n.fc(q).t(),
+    "attended": lambda n, x, q: n.pre((n.fc(q).softmax(0) @ x.transpose(1, 2)) @ x),
+    "expanded": lambda n, x, q: n.fc(n.ln(q).expand(len(x), -1, -1)).softmax(-1) * n.pre(x),
+    "transposed": lambda n, x, q: n.fc(n.fc(q).t() @ q)[: x.shape[1]] + n.pre(x)[:, :3],
+    "one row": lambda n, x, q: n.fc(q[0]) * n.pre(x),
+    "taken for the batch": lambda n, x, q: n.pre(x)[:, 0] + n.fc(q)[:1],
+}
+
+
+@pytest.mark.parametrize("which", LEARNED)
+def test_a_parameter_without_batch_goes_through_layers_also_where_it_is_as_long_as_the_batch(which):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(3, 3))
+            self.fc, self.pre, self.ln = nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3)
+
+        def forward(self, x):
+            return LEARNED[which](self, x, self.q)
+
+    torch.manual_seed(0)
+    model = px.convert(Net().double())
+    for batch in (3, 1, 2, 4):
+        check(model, randn(batch, 3, 3))
+
+
+def test_a_layer_that_has_raised_forgets_the_copies_that_it_was_given():
+    model = px.convert(Own(lambda n, x, p: x + n.fc(p), (3, 3)).double())
+    with pytest.raises(RuntimeError):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(px.nn.linear.autograd, "linear", lambda *_: torch.empty(()).expand(2, 2).view(5))
+            model(randn(2, 3, 3))
+    assert not {"_copies_of", "_rows_of", "_was_lone"} & model.fc.__dict__.keys()
+    check(model, randn(2, 3, 3))
+
+
 class ScaledEmbedding(nn.Embedding):
     """As Gemma's."""
 

@@ -79,6 +79,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if eager:
             found.watched = examples.watched
             examples.input = found
+            examples.lone = examples.batch == 1 and all(
+                tensor.dim() > found.axis and tensor.shape[found.axis] == 1 for tensor in _tensors((args, kwargs))
+            )
     elif module.training:
         raise TypeError(
             f"{type(module).__name__}: its inputs hold no tensor whose dimension {_batch_dim(module)} could be the "

@@ -43,6 +43,7 @@ class ExampleCount:
         self.input: PassInput | None = None  # of the pass under way, in eager mode
         self.watched: tuple[dict[str, bool], list[Seen]] | None = None  # in a copy that only looks (see `PassInput`)
         self.unclear = 0  # passes in which some layer's input did not show where its batch is
+        self.lone = False  # whether it is of one example, and every input says so
         self.training = False  # whether the model that began the pass is in training
         self.used: dict[str, str] = {}  # the parameters that it has used so far, and how (see `MomentModule`)
         self.uses: dict[Moment, Uses] = {}  # of those, the uses in eager mode with second moments

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ..autograd.expansion import Origin, PerExample, appearance, batched
+from ..autograd.expansion import Origin, PerExample, appearance, batched, refuse
 from ..moments import Call, MomentModule, in_reentrant_checkpoint, moment_of
 from ..moments.leaf import _Mode
 from ..moments.module import REENTRANT, WITH, WITHOUT
@@ -162,34 +162,69 @@ def follow_copies(module: nn.Module) -> None:
     if "_follows_copies" not in module.__dict__:
         module.__dict__["_follows_copies"] = True
         module.register_forward_pre_hook(_take_copies, with_kwargs=True)
-        module.register_forward_hook(_give_copies, with_kwargs=True)
+        module.register_forward_hook(_give_copies, with_kwargs=True, always_call=True)
+
+
+def _by_rows(module: Any) -> bool:
+    """Whether `module` takes any number of dimensions between the batch and its features."""
+    return module._batch_at == "any" and not isinstance(module, nn.Embedding)
 
 
 def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
-    found = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, PerExample)]
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    found = [value for value in tensors if isinstance(value, PerExample)]
     if not found:
-        return None
+        return _take_lone(module, tensors, args, kwargs)
     first = found[0]
-    if all(value.dim() and value.shape[value.axis] == value.batch for value in found):
+    vector = first.dim() == 1 and _by_rows(module)
+    if all(value.dim() and value.shape[value.axis] == value.batch for value in found) and not vector:
+        # So long by coincidence, perhaps; unless there are others, which have to be of the batch.
+        if len(found) == len(tensors) and any(value._rows is None or value.origin.bare for value in found):
+            module.__dict__["_rows_of"] = first, len(found) == 1 and not first.batch_dim and _by_rows(module)
         return tree_map_only(PerExample, batched, (args, kwargs))
     if len(found) > 1 or not first.dim() or first.batch_dim:
         return tree_map_only(PerExample, batched, (args, kwargs))  # raises
     with torch._C.DisableTorchFunctionSubclass():
         copies = first.copies
         single = first.shape[0] == 1
-        if not single and not isinstance(module, (nn.Linear, nn.LayerNorm)):
+        if not single and not _by_rows(module):
             return tree_map_only(PerExample, batched, (args, kwargs))
         module.__dict__["_copies_of"] = first, single
         value = copies.squeeze(1) if single else copies
     return tree_map_only(PerExample, lambda _: value, (args, kwargs))
 
 
+def _take_lone(module: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+    """Of a single example a parameter has no copies; without a batch dimension (Q, D), it gets one here."""
+    examples = module._examples
+    if not (examples.lone and examples.batch == 1) or examples.batch_dim or not _by_rows(module) or len(tensors) != 1:
+        return None
+    if tensors[0].dim() > 1 and tensors[0].shape[0] == 1:
+        return None
+    module.__dict__["_was_lone"] = True
+    return tree_map_only(Tensor, lambda x: x[None], (args, kwargs))
+
+
 def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
-    found = module.__dict__.pop("_copies_of", None)
+    lone, rows_of, found = (module.__dict__.pop(name, None) for name in ("_was_lone", "_rows_of", "_copies_of"))
+    if output is None:  # it has raised
+        return None
+    if lone:
+        return output.squeeze(0)
+    if rows_of is not None and isinstance(output, Tensor):
+        first, known = rows_of
+
+        def make() -> Tensor:
+            if not known:
+                refuse(first, type(module).__name__, "which takes it for a batch")
+            made: Tensor = module(first.copies)
+            return made
+
+        return PerExample(None, first.origin._replace(bare=True), rows=output, make=make)
     if found is None:
         return None
     first, single = found

@@ -16,6 +16,6 @@ many rows; so the result stays a `PerExample` until it meets a gradient or a lay
 
 from __future__ import annotations
 
-from .per_example import Origin, PerExample, appearance, batched, plain
+from .per_example import Origin, PerExample, appearance, batched, plain, refuse
 
-__all__ = ["Origin", "PerExample", "appearance", "batched", "plain"]
+__all__ = ["Origin", "PerExample", "appearance", "batched", "plain", "refuse"]

@@ -21,6 +21,7 @@ class Origin(NamedTuple):
     name: str
     batch_dim: int
     input: PassInput | None = None
+    bare: bool = False  # whether a layer has seen them as long as the batch, perhaps by coincidence
 
 
 def appearance(p: Tensor, leaf: Tensor, call: Call | None, batch: int, origin: Origin) -> Tensor:
