@@ -376,17 +376,30 @@ class TestBatchNorm:
         check(model, randn(3, 3, 5, 5))
 
 
-@pytest.mark.parametrize("batch", [4, 5, 1])
-def test_sequence_first_models(batch):
+SEQUENCE_FIRST = {
+    "embeddings": lambda n, h: n.own(h)[0],
+    "bilinear": lambda n, h: n.own(n.pair(h.sin(), h.cos()).tanh())[1],
+    "bilinear of rows": lambda n, h: n.pair(h[0], h[2]),
+    "bilinear of more positions": lambda n, h: n.pair(h[:, :, None].sin(), h[:, :, None]).sum(2)[1],
+    "prelu": lambda n, h: n.act(h).sin().sum(0),
+    "prelu of rows": lambda n, h: n.act(h[1]),
+    "prelu of channels, batch first": lambda n, h: n.acts(h.permute(1, 2, 0)).sum(2),
+}
+
+
+@pytest.mark.parametrize("which", SEQUENCE_FIRST)
+@pytest.mark.parametrize("batch", [4, 5, 1, 3])
+def test_sequence_first_models(batch, which):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.token, self.place = nn.Embedding(9, 3), nn.Embedding(5, 3)
             self.fc, self.ln, self.own, self.head = nn.Linear(3, 3), nn.LayerNorm(3), Scale(), nn.Linear(3, 2)
+            self.pair, self.act, self.acts = nn.Bilinear(3, 3, 3), nn.PReLU(), nn.PReLU(3)
 
         def forward(self, tokens):
             h = self.token(tokens) + self.place(torch.arange(5)[:, None])
-            return self.head(self.own(self.ln(self.fc(h).tanh()))[0])
+            return self.head(SEQUENCE_FIRST[which](self, self.ln(self.fc(h).tanh())))
 
     torch.manual_seed(0)
     model = px.convert(Net().double(), batch_dim=1)
@@ -397,12 +410,36 @@ def test_sequence_first_models(batch):
             model.zero_grad()
             weighted_sum(model(tokens[:, b : b + 1]), y[b : b + 1]).backward()
             for name, p in model.named_parameters():
-                expected[name] += p.grad.square()
+                expected[name] += 0 if p.grad is None else p.grad.square()
     model.zero_grad()
     weighted_sum(model(tokens), y).backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.sum_grad_squared, expected[name])
+        square = p.sum_grad_squared
+        torch.testing.assert_close(torch.zeros_like(p) if square is None else square, expected[name])
     assert model._examples.total.item() == batch
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (nn.EmbeddingBag(5, 3), (4, 2), r"EmbeddingBag\): is served with the batch as dimension 0 only.*batch_dim=1"),
+        (nn.PReLU(2), (4, 2, 3), r"saw 4 rows, the batch has 2 examples.*the batch is not dimension 0"),
+        (nn.PReLU(), (2, 4, 3), r"saw 4 rows, the batch has 2 examples.*the batch is not dimension 1"),
+    ],
+)
+def test_what_has_the_batch_first_in_any_case_is_refused_in_a_sequence_first_model(layer, shape, message):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, time_first, x):
+            return self.layer(x)
+
+    model = px.convert(Net().double(), batch_dim=1)
+    x = torch.zeros(shape, dtype=torch.long) if isinstance(layer, nn.EmbeddingBag) else randn(*shape)
+    with pytest.raises(ValueError, match=message):
+        model(randn(4, 2, 3), x)
 
 
 def test_a_recipe_for_a_class_of_ones_own():

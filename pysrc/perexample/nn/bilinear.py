@@ -17,9 +17,14 @@ class Bilinear(MomentModule, nn.Bilinear):
     """
 
     _reusable = True
+    _batch_at = "any"
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if not self._tracking(input1, 2, "weight", "bias"):
             return super().forward(input1, input2)
         self._check_batch(input2, 2)
-        return autograd.bilinear(input1, input2, self.weight, self.bias, *self._leaves("weight", "bias"))
+        axis = self._axis(input1, 2)
+        if axis:
+            input1, input2 = input1.transpose(0, axis), input2.transpose(0, axis)
+        y = autograd.bilinear(input1, input2, self.weight, self.bias, *self._leaves("weight", "bias"))
+        return y.transpose(0, axis) if axis else y

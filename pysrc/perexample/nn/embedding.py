@@ -131,7 +131,8 @@ def unsupported_embedding(module: nn.Embedding | nn.EmbeddingBag) -> str:
 class EmbeddingBag(MomentModule, nn.EmbeddingBag):
     """torch.nn.EmbeddingBag whose backward also computes ``p.sum_grad_squared`` (MATHS 6). Each bag is an example.
 
-    Input: indices (B, L), or (N,) with offsets (B,), or (B + 1,) with `include_last_offset`.
+    Input: indices (B, L), or (N,) with offsets (B,), or (B + 1,) with `include_last_offset`. The bags come first in any
+    case, so that models that were converted with another `batch_dim` are refused.
 
     Raises:
         ValueError: for `max_norm`, `scale_grad_by_freq`, `sparse`, which have no per-example gradient here; in a
