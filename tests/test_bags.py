@@ -62,6 +62,37 @@ def test_bags_by_offsets(variant, lengths):
         torch.testing.assert_close(factors.grad, expected_grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bags_compile_in_one_graph_whatever_their_lengths(variant):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Bags(**VARIANTS[variant]).double()
+    converted = px.convert(copy.deepcopy(model))
+    converted.bag.compile(fullgraph=True, backend="aot_eager")
+    target = randn(4, 4, seed=1)
+    for call, lengths in enumerate([LENGTHS, torch.tensor([2, 4, 1, 2]), torch.tensor([0, 0, 5, 4])]):
+        indices, factors = torch.randint(6, (4, 5)), randn(4, 5, seed=call).requires_grad_()
+        expected = oracle(model, weighted_sum, (indices, lengths, factors.detach()), target, reduction="sum")
+        converted.zero_grad()
+        with torch._dynamo.config.patch(error_on_recompile=call > 0):
+            weighted_sum(converted(indices, lengths, factors), target).backward()
+        assert_moments(converted, expected)
+        if model.weighted:
+            (expected_grad,) = torch.autograd.grad(weighted_sum(model(indices, lengths, factors), target), factors)
+            torch.testing.assert_close(factors.grad, expected_grad)
+    torch.compiler.reset()
+
+
+def test_the_op_of_bags():
+    dy, indices, offsets = randn(4, 3), torch.randint(6, (9,)), torch.tensor([0, 3, 3, 8])
+    sizes = torch.tensor([3, 0, 5, 1])
+    for factors, divisors, padding in ((None, None, -1), (randn(9), None, 2), (None, sizes, 1), (None, sizes, -1)):
+        arguments = dy, factors, indices, offsets, divisors, 6, padding, torch.float32
+        torch.library.opcheck(torch.ops.perexample.bag_moments, arguments)
+
+
 @pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq", "sparse"])
 def test_what_has_no_per_example_gradient_is_refused(option):
     arguments = {option: 1.0 if option == "max_norm" else True}

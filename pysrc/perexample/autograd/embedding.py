@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
+from ..ops.embedding import bag_lengths, bag_positions
 from ._common import add_uses, call_of, one_use, ops
 
 __all__ = ["embedding", "embedding_bag"]
@@ -86,11 +87,14 @@ class _EmbeddingBag(Function):
         weight, factors, indices, offsets, sizes, largest = ctx.saved_tensors
         want_factors, want_weight, want_uses = ctx.needs_input_grad[1:4]
         dw = dw_sq = dfactors = None
-        lengths = torch.diff(offsets, append=offsets.new_full((1,), indices.numel()))
         if want_factors:
-            bags = torch.repeat_interleave(torch.arange(len(offsets), device=dy.device).to(offsets.dtype), lengths)
+            bag_of = torch.repeat_interleave(
+                torch.arange(len(offsets), device=dy.device).to(offsets.dtype),
+                bag_lengths(indices, offsets),
+                output_size=indices.numel(),
+            )
             dfactors = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                dy, weight, indices, offsets, bags, _MODES.index(ctx.mode), ctx.padding_idx
+                dy, weight, indices, offsets, bag_of, _MODES.index(ctx.mode), ctx.padding_idx
             )
         if want_weight and ctx.mode == "max":
             # Each element of a bag comes from one row: nothing to add before squaring.
@@ -105,16 +109,19 @@ class _EmbeddingBag(Function):
 
             dw_sq = add_uses(ctx.call, 0, dw_sq, one, largest, g)
         elif want_weight:
-            positions, table, filler = _bag_positions(
-                dy, factors, indices, offsets, lengths, sizes, ctx.mode, ctx.padding_idx, weight.shape[0]
+            bags = (
+                dy,
+                factors,
+                indices,
+                offsets,
+                sizes if ctx.mode == "mean" else None,
+                weight.shape[0],
+                ctx.padding_idx,
             )
-            # One row more for the filler, where no index of the table is free for it.
-            number = weight.shape[0]
-            dw, dw_sq = ops.embedding_moments(positions, table, max(number, filler + 1), filler, weight.dtype)
-            if filler == number:
-                dw, dw_sq = dw[:number], dw_sq[:number]
+            dw, dw_sq = ops.bag_moments(*bags, weight.dtype)
             shared = None if ctx.call is None else ctx.call.shared(0)
             if shared is not None:
+                positions, table, filler = bag_positions(*bags)
                 nothing = table == filler
                 positions, table = positions.masked_fill(nothing[..., None], 0), table.masked_fill(nothing, 0)
                 dw_sq = shared.add_rows(None, positions, table, -1, dw_sq)
@@ -122,42 +129,6 @@ class _EmbeddingBag(Function):
 
 
 _MODES = ("sum", "mean", "max")
-
-
-def _bag_positions(
-    dy: Tensor,
-    factors: Tensor | None,
-    indices: Tensor,
-    offsets: Tensor,
-    lengths: Tensor,
-    sizes: Tensor,
-    mode: str,
-    padding_idx: int,
-    rows: int,
-) -> tuple[Tensor, Tensor, int]:
-    """The bags as examples of one length, filled up with an index that counts for nothing.
-
-    Returns:
-        the gradients (B, T, D), the indices (B, T), and the filler, which may be `rows`, or -1 for none.
-    """
-    batch, width = dy.shape
-    filler = padding_idx if padding_idx >= 0 else rows
-    longest = int(lengths.max()) if batch else 0
-    if batch * longest == indices.numel():  # all of one length
-        table, at = indices.view(batch, longest), None
-        filler = padding_idx  # nothing to fill
-    else:
-        place = torch.arange(longest, device=dy.device)
-        at = (offsets.unsqueeze(1) + place).clamp(max=indices.numel() - 1)
-        inside = place < lengths.unsqueeze(1)
-        table = torch.where(inside, indices[at], filler)
-    if mode == "mean":
-        dy = dy / sizes.clamp(min=1).unsqueeze(1)
-    positions = dy.unsqueeze(1).expand(batch, longest, width)
-    if factors is not None:
-        factors = factors.view(batch, longest) if at is None else factors[at]
-        positions = dy.to(accumulate_dtype(dy.dtype)).unsqueeze(1) * factors.to(dy.dtype).unsqueeze(2)
-    return positions, table, filler
 
 
 def embedding_bag(

@@ -15,13 +15,17 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
-def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op. `reference` is the dispatcher's default kernel; C++, CUDA and Triton fill the device keys."""
+def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, composed: bool = False) -> Any:
+    """Define an op. `reference` is the dispatcher's default kernel; C++, CUDA and Triton fill the device keys.
+
+    An op that is `composed` of others has no kernel of its own on any device, and is not among `OPS`.
+    """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    OPS[name] = (reference, fake)
+    if not composed:
+        OPS[name] = (reference, fake)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

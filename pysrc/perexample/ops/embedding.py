@@ -1,4 +1,4 @@
-"""Embedding (MATHS 6): rows of one example with the same index are added before squaring."""
+"""Embedding and bags (MATHS 6): rows of one example with the same index are added before squaring."""
 
 from __future__ import annotations
 
@@ -76,3 +76,86 @@ def embedding_moments(
         if low < 0 or high >= num_embeddings:
             raise IndexError(f"{name}: indices must be in [0, {num_embeddings}), got {low if low < 0 else high}")
     return _op(dy, indices, num_embeddings, padding_idx, dtype)
+
+
+def bag_lengths(indices: Tensor, offsets: Tensor) -> Tensor:
+    """(B,), how many of the indices (N,) belong to each of the bags, which begin at the offsets (B,)."""
+    return torch.diff(offsets, append=offsets.new_full((1,), indices.shape[0]))
+
+
+def bag_positions(
+    dy: Tensor,
+    factors: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    sizes: Tensor | None,
+    num_embeddings: int,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, int]:
+    """The bags as examples of one length, filled up with an index that counts for nothing.
+
+    Arguments as `_bag_reference`'s. Returns the gradients (B, T, D), the indices (B, T), and the filler, which may be
+    `num_embeddings`, or -1 for none.
+    """
+    batch, width = dy.shape
+    lengths = bag_lengths(indices, offsets)
+    filler = padding_idx if padding_idx >= 0 else num_embeddings
+    longest = int(lengths.max()) if batch else 0
+    if batch * longest == indices.numel():  # all of one length
+        table, at = indices.view(batch, longest), None
+        filler = padding_idx  # nothing to fill
+    else:
+        place = torch.arange(longest, device=dy.device)
+        at = (offsets.unsqueeze(1) + place).clamp(max=indices.numel() - 1)
+        inside = place < lengths.unsqueeze(1)
+        table = torch.where(inside, indices[at], filler)
+    if sizes is not None:
+        dy = dy / sizes.clamp(min=1).unsqueeze(1)
+    positions = dy.unsqueeze(1).expand(batch, longest, width)
+    if factors is not None:
+        factors = factors.view(batch, longest) if at is None else factors[at]
+        positions = dy.to(accumulate_dtype(dy.dtype)).unsqueeze(1) * factors.to(dy.dtype).unsqueeze(2)
+    return positions, table, filler
+
+
+def _bag_reference(
+    dy: Tensor,
+    factors: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    sizes: Tensor | None,
+    num_embeddings: int,
+    padding_idx: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Moments of the table of bags of sums (or means): dy (B, D), offsets (B,), indices (N,) and their factors (N,).
+
+    `sizes` (B,), where the bags are means, is what each divides by. Inside of an op because the longest bag, which
+    tells the shapes, is data: torch.compile could not trace it.
+    """
+    positions, table, filler = bag_positions(dy, factors, indices, offsets, sizes, num_embeddings, padding_idx)
+    # One row more for the filler, where no index of the table is free for it.
+    dw, dw_sq = _op(positions, table, max(num_embeddings, filler + 1), filler, dtype)
+    return dw[:num_embeddings], dw_sq[:num_embeddings]
+
+
+def _bag_fake(
+    dy: Tensor,
+    factors: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    sizes: Tensor | None,
+    num_embeddings: int,
+    padding_idx: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return empty_moments((num_embeddings, dy.shape[1]), dy, dtype)
+
+
+register(
+    "bag_moments(Tensor dy, Tensor? factors, Tensor indices, Tensor offsets, Tensor? sizes, SymInt num_embeddings,"
+    " int padding_idx, ScalarType dtype) -> (Tensor dw, Tensor dw_sq)",
+    _bag_reference,
+    _bag_fake,
+    composed=True,
+)
