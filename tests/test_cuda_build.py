@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from perexample._triton import MODULES
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "build_support"))
 from ninja_file import CUDA_ARCHS, CXX, HOPPER_SOURCES, nvcc  # noqa: E402
@@ -90,19 +92,8 @@ print(report())
         assert re.search(rf"^{name} +C\+\+  \S+ +C\+\+  csrc/bindings/{source}.cpp:\d+$", result.stdout, re.MULTILINE)
 
 
-# Ops with CUDA kernels -> file of csrc/bindings.
-OPS = {
-    "linear_moments": "linear",
-    "bias_moments": "reduce",
-    "reduce_moments": "reduce",
-    "conv_moments": "conv",
-    "embedding_moments": "embedding",
-    "layer_norm_moments": "norm",
-    "rms_norm_moments": "norm",
-    "group_norm_moments": "norm",
-    "batch_norm_moments": "norm",
-    "optimizer_step_": "optimizer",
-}
+# Ops with CUDA kernels -> file of csrc/bindings, where an op has the basename that it has everywhere.
+OPS = {name: module for name, module in MODULES.items() if module != "recurrent"}
 
 # Kernel -> most registers a thread, and instructions that must be in it, one of each group.
 KERNELS = {

@@ -139,3 +139,18 @@ def test_the_kernels_know_nothing_of_the_rest() -> None:
 def test_every_op_of_the_table_exists() -> None:
     assert set(_triton.MODULES) <= set(perexample.ops.OPS)
     assert set(_triton.NO_FLOAT64) <= set(_triton.MODULES)
+
+
+def test_every_kernel_opens_with_its_formula_and_equation_number() -> None:
+    kernels = {
+        node.name: ast.get_docstring(node) or ""
+        for path in SOURCES.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_")
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    assert {"_descriptor", "_bias", "_implicit_gemm", "_table_row", "_affine", "_step", "_lstm_cell"} <= kernels.keys()
+    del kernels["_table"]  # moves what it is given
+    for name, text in kernels.items():
+        head = text.split("\n\n")[0]
+        assert "=" in head and "(MATHS " in head, f"{name}: {head}"

@@ -10,8 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, configs
-from .linear import offset_dtype, product, store_tile, tile_of
+from .linear import kind_of, offset_dtype, product, store_tile, tile_of
 from .reduce import bias_moments
+
+
+@triton.jit
+def in_three(i, N2, N3):
+    """(i1, i2, i3) with i = (i1 N2 + i2) N3 + i3"""
+    return i // (N2 * N3), i // N3 % N2, i % N3
 
 
 @triton.jit(do_not_specialize=["batch", "examples"])
@@ -36,10 +42,11 @@ def _implicit_gemm(
     row, column = tile_of(tl.program_id(0) % tiles, tl.cdiv(outputs, BO), tl.cdiv(inputs, BI), GROUP)
     o = row * BO + tl.arange(0, BO)
     i = column * BI + tl.arange(0, BI)
-    c = i // (K1 * K2 * K3)
-    tap_1 = (i // (K2 * K3)) % K1 * D1
-    tap_2 = (i // K3) % K2 * D2
-    tap_3 = i % K3 * D3
+    c, k2, k3 = in_three(i, K2, K3)
+    tap_1 = c % K1 * D1
+    tap_2 = k2 * D2
+    tap_3 = k3 * D3
+    c = c // K1
     dy_tile = dy + tl.cast(group * outputs, tl.int64) * dy_o
     x_tile = x + tl.cast(group * channels, tl.int64) * x_c
     dy_column = o.to(OFFSET) * dy_o
@@ -52,9 +59,7 @@ def _implicit_gemm(
         b = tl.cast(first + step // blocks, tl.int64)
         block = step % blocks
         t = block * BT + tl.arange(0, BT)
-        t1 = t // (out_2 * out_3)
-        t2 = t // out_3 % out_2
-        t3 = t % out_3
+        t1, t2, t3 = in_three(t, out_2, out_3)
         dy_row = t1.to(OFFSET) * dy_1 + t2.to(OFFSET) * dy_2 + t3.to(OFFSET) * dy_3
         dy_inside = (t < positions)[:, None] & (o < outputs)[None, :]
         dy_b_t = tl.load(dy_tile + b * dy_b + (dy_row[:, None] + dy_column[None, :]), mask=dy_inside, other=0.0)
@@ -86,18 +91,18 @@ def _depthwise(
     P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """The same (MATHS 5) for groups of one channel: output o reads channel o // multiplier.
+    """G_b[o,k] = sum_t dy[b,o,t] x[b,c,t S - P + k D];  dw = sum_b G_b,  dw_sq = sum_b G_b**2  (MATHS 5).
 
-    A program owns one output and one tap.
+    Of groups of one channel: output o reads channel c = o // multiplier. A program owns one output and one tap.
     """
     part = tl.program_id(1)
     first = part * examples
     last = tl.minimum(first + examples, batch)
     o = tl.program_id(0) // (K1 * K2 * K3)
-    tap = tl.program_id(0) % (K1 * K2 * K3)
-    tap_1 = tap // (K2 * K3) * D1 - P1
-    tap_2 = tap // K3 % K2 * D2 - P2
-    tap_3 = tap % K3 * D3 - P3
+    k1, k2, k3 = in_three(tl.program_id(0) % (K1 * K2 * K3), K2, K3)
+    tap_1 = k1 * D1 - P1
+    tap_2 = k2 * D2 - P2
+    tap_3 = k3 * D3 - P3
     dy_o_at = dy + o.to(tl.int64) * dy_o
     x_c_at = x + (o // multiplier).to(tl.int64) * x_c
     total = 0.0
@@ -106,9 +111,7 @@ def _depthwise(
         sums = tl.zeros((BT,), tl.float32)
         for block in range(0, positions, BT):
             t = block + tl.arange(0, BT)
-            t1 = t // (out_2 * out_3)
-            t2 = t // out_3 % out_2
-            t3 = t % out_3
+            t1, t2, t3 = in_three(t, out_2, out_3)
             x1 = t1 * S1 + tap_1
             x2 = t2 * S2 + tap_2
             x3 = t3 * S3 + tap_3
@@ -123,13 +126,6 @@ def _depthwise(
     out = part.to(tl.int64) * outputs * (K1 * K2 * K3) + tl.program_id(0)
     tl.store(dw + out, total)
     tl.store(dw_sq + out, total_sq)
-
-
-def _kind(dtype: torch.dtype) -> str:
-    """The table's name for a dtype, and for how float32 is multiplied: as PyTorch has been told to."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
 
 
 def conv_moments(
@@ -194,7 +190,8 @@ def conv_moments(
                 all_outputs // groups, parts.examples, *where, **geometry, BT=block, num_warps=configs.DEPTHWISE.warps,
             )  # fmt: skip
     else:
-        tile = configs.CONV[device.arch][_kind(dy.dtype)]
+        kind = kind_of(dy.dtype, torch.backends.cudnn.conv.fp32_precision)
+        tile = configs.CONV[device.arch][kind]
         outputs, inputs = all_outputs // groups, channels // groups * taps
         tiles = groups * _launch.cdiv(outputs, tile.outputs) * _launch.cdiv(inputs, tile.inputs)
         parts = _launch.split(batch, tiles, tile.resident * device.processors, size)
@@ -205,7 +202,7 @@ def conv_moments(
                 _implicit_gemm, (tiles, parts.count), dy, x, dw, dw_sq, batch, positions, outputs, inputs,
                 parts.examples, groups, channels // groups, *where, **geometry, BO=tile.outputs, BI=tile.inputs,
                 BT=tile.positions, GROUP=configs.GROUP, OFFSET=offset_dtype(*reaches),
-                PRECISION="tf32" if _kind(dy.dtype) == "tf32" else "ieee", INTERPRET=_launch.INTERPRET,
+                PRECISION="tf32" if kind == "tf32" else "ieee", INTERPRET=_launch.INTERPRET,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 

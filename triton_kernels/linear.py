@@ -53,9 +53,10 @@ def _descriptor(
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """MATHS (3) for what a TMA descriptor can describe: dy (B, T, O) and x (B, T, I), loaded as [1, BT, BO or BI].
+    """G_b[o,i] = sum_t dy[b,t,o] x[b,t,i];  dw = sum_b G_b,  dw_sq = sum_b G_b**2  (MATHS 3), where TMA can load.
 
-    What a descriptor loads beyond an edge is zero, so neither positions nor outputs nor inputs need a mask.
+    dy and x are descriptors of (B, T, O) and (B, T, I) that load [1, BT, BO or BI]. What they load beyond an edge is
+    zero, so neither positions nor outputs nor inputs need a mask.
     """
     part = tl.program_id(1)
     first = part * examples
@@ -95,7 +96,10 @@ def _pointer(
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """MATHS (3) for any strides: dy (B, T, O), x (B, T, I). OFFSET holds the distances inside one tile, in elements."""
+    """G_b[o,i] = sum_t dy[b,t,o] x[b,t,i];  dw = sum_b G_b,  dw_sq = sum_b G_b**2  (MATHS 3), for any strides.
+
+    dy (B, T, O), x (B, T, I). OFFSET holds the distances inside one tile, in elements.
+    """
     part = tl.program_id(1)
     first = part * examples
     last = tl.minimum(first + examples, batch)
@@ -138,7 +142,7 @@ def _one_position(
     BO: tl.constexpr, BI: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """MATHS (4), T = 1: dw = dy' x and dw_sq = (dy**2)' (x**2), both contracted over the examples; dy (B, O), x (B, I).
+    """dw = dy' x,  dw_sq = (dy**2)' (x**2), both contracted over the examples  (MATHS 4); dy (B, O), x (B, I).
 
     The square of a bfloat16 has 16 bits. It is split into two bfloat16, exactly, so that its product too runs on the
     tensor cores; other squares are taken in float32 and multiplied with PRECISION.
@@ -178,11 +182,11 @@ def _one_position(
     store_tile(dw, dw_sq, total, total_sq, o, i, outputs, inputs, part)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    """The table's name for a dtype, and for how float32 is multiplied: as PyTorch has been told to."""
+def kind_of(dtype: torch.dtype, fp32_precision: str) -> str:
+    """The tables' name for a dtype, and for how float32 is multiplied: as PyTorch has been told to."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    return "tf32" if fp32_precision == "tf32" else "float32"
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -219,7 +223,8 @@ def offset_dtype(*reaches: int) -> tl.dtype:
 def choose(dy: Tensor, x: Tensor) -> tuple[str, str, int]:
     """The row of configs.LINEAR for dy (B, T, O) and x (B, T, I): from shapes, strides, dtype, architecture alone."""
     arch = _launch.device_of(dy).arch
-    table, kind, positions = configs.LINEAR[arch], _kind(dy.dtype), dy.shape[1]
+    kind = kind_of(dy.dtype, torch.backends.cuda.matmul.fp32_precision)
+    table, positions = configs.LINEAR[arch], dy.shape[1]
     aligned = _aligned(dy, x)
     if positions == 1:
         return "one position" if aligned else "one position, unaligned", kind, 1

@@ -144,6 +144,12 @@ def _affine(
     tl.store(dw_sq + out, total_sq, mask=f < features)
 
 
+def _check(name: str, dy: Tensor, x: Tensor) -> None:
+    _launch.check(name, dy.dim() == 3 and x.shape == dy.shape, f"x must be {tuple(dy.shape)}, got {tuple(x.shape)}")
+    _launch.check_inputs(name, dy=dy, x=x)
+    _launch.check(name, dy.dtype != torch.float64, "float64 is not supported")
+
+
 def _norm(
     name: str,
     dy: Tensor,
@@ -158,9 +164,7 @@ def _norm(
     centered: bool = True,
 ) -> tuple[Tensor, ...]:
     """The norms of each example: without `groups` (B, T, D) normalized over D, else (B, C, S) over a group and S."""
-    _launch.check(name, dy.dim() == 3 and x.shape == dy.shape, f"x must be {tuple(dy.shape)}, got {tuple(x.shape)}")
-    _launch.check_inputs(name, dy=dy, x=x)
-    _launch.check(name, dy.dtype != torch.float64, "float64 is not supported")
+    _check(name, dy, x)
     # (batch, rows, features, positions); the affine part's (positions, features); its weights; statistics of a row.
     batch = dy.shape[0]
     if groups is None:
@@ -268,9 +272,7 @@ def batch_norm_moments(
 ) -> tuple[Tensor, ...]:
     """The dispatcher's kernel of `perexample.ops.batch_norm_moments`: dy, x (B, C, S) -> dx, dw, dw_sq, db, db_sq."""
     name = "batch_norm_moments"
-    _launch.check(name, dy.dim() == 3 and x.shape == dy.shape, f"x must be {tuple(dy.shape)}, got {tuple(x.shape)}")
-    _launch.check_inputs(name, dy=dy, x=x)
-    _launch.check(name, dy.dtype != torch.float64, "float64 is not supported")
+    _check(name, dy, x)
     batch, channels, positions = dy.shape
     for label, value in (("mean", mean), ("rstd", rstd), ("weight", weight)):
         right = value is None or (value.shape == (channels,) and value.device == dy.device)

@@ -44,7 +44,10 @@ def _table(table, words):
 
 @triton.jit
 def weight_of_new(batch, seen, horizon, log_keep, CORRECTED: tl.constexpr, POWER: tl.constexpr):
-    """kappa (MATHS 9-12, 19); `seen` counts this step, log_keep = log(1 - 1 / horizon)."""
+    """kappa = min(1, B / N) or 1 - (1 - 1 / N)**B, at least B / n where CORRECTED, at most 1  (MATHS 9-12, 19).
+
+    `batch` is B, `horizon` N, `seen` n, this step included; log_keep = log(1 - 1 / N).
+    """
     if POWER:
         # -expm1(x) by way of exp and log: their errors cancel (Kahan).
         x = batch * log_keep
@@ -67,7 +70,10 @@ def _constants(
     CORRECT_G: tl.constexpr, CORRECT_S: tl.constexpr, POWER: tl.constexpr, MEAN: tl.constexpr, MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the examples, unless the step is none, and write the factors of every row of the table (MATHS 2, 9-19)."""
+    """n += B, unless the step is none, and of every row of the table the factors in `update` (MATHS 2, 9-19).
+
+    ghat = grad / grad_scale, of a sum-reduced loss over B too; of s = B sum_grad_squared the same squared.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     batch = tl.load(batch_size).to(tl.float64)
@@ -166,7 +172,11 @@ def update(
     p, grad, total, m, v, i, n, factors, seed, SUMS: tl.constexpr, GUARD: tl.constexpr, AVERAGE: tl.constexpr,
     SQUARE: tl.constexpr, CENTERED: tl.constexpr, SQUARED_DENOMINATOR: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The step of elements i of one tensor; returns 1 where the guard sees more than examples can have brought."""
+    """m = keep_g m + take_g ghat,  v = keep_s v + take_s s,  p = keep p - step_size u / (d + eps)  (MATHS 9, 13-18).
+
+    Of elements i of one tensor. Returns 1 where the guard sees more than examples can have brought: |grad|**2 must not
+    exceed B sum_grad_squared (Cauchy-Schwarz) by more than rounding does.
+    """
     keep_g, take_g, keep_s, take_s, scale, square_scale, keep, step_size, guard, tiny, eps, absolute = factors
     wide: tl.constexpr = eps.dtype
     inside = i < n if MASKED else None
@@ -206,7 +216,10 @@ def _step(
     AVERAGE: tl.constexpr, SQUARE: tl.constexpr, CENTERED: tl.constexpr, SQUARED_DENOMINATOR: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """MATHS (13)-(16), (18) and the guard, for one chunk of a tensor; all tensors have the dtypes PARAM and GRAD."""
+    """p = keep p - step_size u / (d + eps), and m and v, by `update`  (MATHS 9, 13-18), of one chunk of a tensor.
+
+    All tensors have the dtypes PARAM and GRAD.
+    """
     double: tl.constexpr = PARAM == tl.float64 or GRAD == tl.float64
     wide: tl.constexpr = tl.float64 if double else tl.float32
     chunk = tl.program_id(0)

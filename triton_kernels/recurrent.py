@@ -1,7 +1,9 @@
 """The cells of recurrent layers, element by element; the products with the weights are cuBLAS'.
 
-LSTM, with the activated gates i, f, g, o:  ``c = f c + i g``, ``h = o tanh(c)``. GRU, with r, z, n: its backward alone.
-Everything is computed in float32, and rounded where it is stored.
+LSTM, with the activated gates i, f, g, o:  ``c = f c + i g``, ``h = o tanh(c)``. GRU, with r, z, n:  the backward alone
+of ``n = tanh(input + r hidden)``, ``h = (1 - z) n + z h``. Derivatives of gates before their activation are the dy of
+(MATHS 3), whose t runs over the steps of time; its x are the inputs and the states. Everything is computed in float32,
+and rounded where it is stored.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from . import _launch, configs
 
 @triton.jit
 def tanh(x):
-    """By its series near 0, where 1 - exp(-2 |x|) would cancel."""
+    """tanh(x) = sign(x) (1 - exp(-2 |x|)) / (1 + exp(-2 |x|)); near 0, where that cancels, by its series."""
     square = x * x
     series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
     small = tl.exp(-2 * tl.abs(x))
@@ -27,29 +29,45 @@ def tanh(x):
 
 
 @triton.jit
+def elements(count, size, BLOCK: tl.constexpr):
+    """(b, j, inside): the example and the unit of each of a program's elements of (count, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at // size, at % size, at < tl.cast(count, tl.int64) * size
+
+
+@triton.jit
+def read(tensor, b, j, stride_b, stride_j, inside):
+    """tensor[b, j] in float32."""
+    return tl.load(tensor + b * stride_b + j * stride_j, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def write(tensor, b, j, stride_b, stride_j, inside, value):
+    """tensor[b, j] = value"""
+    tl.store(tensor + b * stride_b + j * stride_j, value, mask=inside)
+
+
+@triton.jit
 def _lstm_cell(
     gates, before, after, h, count, size, gates_b, gates_j, before_b, before_j, after_b, after_j, h_b, h_j,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """after = f before + i g,  h = o tanh(after); the gates (count, 4 size) are activated in place, (i, f, o) by a
-    sigmoid and g by tanh."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.cast(count, tl.int64) * size
-    b = at // size
-    j = at % size
-    gate = gates + b * gates_b + j * gates_j
-    step = tl.cast(size, tl.int64) * gates_j
-    i = tl.sigmoid(tl.load(gate, mask=inside, other=0).to(tl.float32))
-    f = tl.sigmoid(tl.load(gate + step, mask=inside, other=0).to(tl.float32))
-    g = tanh(tl.load(gate + 2 * step, mask=inside, other=0).to(tl.float32))
-    o = tl.sigmoid(tl.load(gate + 3 * step, mask=inside, other=0).to(tl.float32))
-    c = f * tl.load(before + b * before_b + j * before_j, mask=inside, other=0).to(tl.float32) + i * g
-    tl.store(gate, i, mask=inside)
-    tl.store(gate + step, f, mask=inside)
-    tl.store(gate + 2 * step, g, mask=inside)
-    tl.store(gate + 3 * step, o, mask=inside)
-    tl.store(after + b * after_b + j * after_j, c, mask=inside)
-    tl.store(h + b * h_b + j * h_j, o * tanh(c), mask=inside)
+    """i, f, o = sigmoid(i, f, o), g = tanh(g);  after = f before + i g,  h = o tanh(after), an x of (MATHS 3).
+
+    The gates (count, 4 size) lie in the order i, f, g, o, and are activated in place.
+    """
+    b, j, inside = elements(count, size, BLOCK)
+    i = tl.sigmoid(read(gates, b, j, gates_b, gates_j, inside))
+    f = tl.sigmoid(read(gates, b, j + size, gates_b, gates_j, inside))
+    g = tanh(read(gates, b, j + 2 * size, gates_b, gates_j, inside))
+    o = tl.sigmoid(read(gates, b, j + 3 * size, gates_b, gates_j, inside))
+    c = f * read(before, b, j, before_b, before_j, inside) + i * g
+    write(gates, b, j, gates_b, gates_j, inside, i)
+    write(gates, b, j + size, gates_b, gates_j, inside, f)
+    write(gates, b, j + 2 * size, gates_b, gates_j, inside, g)
+    write(gates, b, j + 3 * size, gates_b, gates_j, inside, o)
+    write(after, b, j, after_b, after_j, inside, c)
+    write(h, b, j, h_b, h_j, inside, o * tanh(c))
 
 
 @triton.jit
@@ -57,29 +75,25 @@ def _lstm_cell_backward(
     dgates, dc, dm, gates, before, after, count, size, dgates_b, dgates_j, dc_b, dc_j, dm_b, dm_j, gates_b, gates_j,
     before_b, before_j, after_b, after_j, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d = dc + dm o (1 - tanh(after)**2), dc = d f, and with a gate's own derivative
-    dgates = (d g i (1 - i), d before f (1 - f), d i (1 - g**2), dm tanh(after) o (1 - o))."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.cast(count, tl.int64) * size
-    b = at // size
-    j = at % size
-    gate = gates + b * gates_b + j * gates_j
-    step = tl.cast(size, tl.int64) * gates_j
-    i = tl.load(gate, mask=inside, other=0).to(tl.float32)
-    f = tl.load(gate + step, mask=inside, other=0).to(tl.float32)
-    g = tl.load(gate + 2 * step, mask=inside, other=0).to(tl.float32)
-    o = tl.load(gate + 3 * step, mask=inside, other=0).to(tl.float32)
-    squashed = tanh(tl.load(after + b * after_b + j * after_j, mask=inside, other=0).to(tl.float32))
-    cell = tl.load(before + b * before_b + j * before_j, mask=inside, other=0).to(tl.float32)
-    m = tl.load(dm + b * dm_b + j * dm_j, mask=inside, other=0).to(tl.float32)
-    d = tl.load(dc + b * dc_b + j * dc_j, mask=inside, other=0).to(tl.float32) + m * o * (1 - squashed * squashed)
-    out = dgates + b * dgates_b + j * dgates_j
-    next_gate = tl.cast(size, tl.int64) * dgates_j
-    tl.store(out, d * g * i * (1 - i), mask=inside)
-    tl.store(out + next_gate, d * cell * f * (1 - f), mask=inside)
-    tl.store(out + 2 * next_gate, d * i * (1 - g * g), mask=inside)
-    tl.store(out + 3 * next_gate, m * squashed * o * (1 - o), mask=inside)
-    tl.store(dc + b * dc_b + j * dc_j, d * f, mask=inside)
+    """d = dc + dm o (1 - tanh(after)**2),  dc = d f,  and the dy of (MATHS 3), with each gate's own derivative:
+    dgates = (d g i (1 - i), d before f (1 - f), d i (1 - g**2), dm tanh(after) o (1 - o)).
+
+    dm is the derivative of h, dc that of the cell: on entry of the one after this step, then of the one before.
+    """
+    b, j, inside = elements(count, size, BLOCK)
+    i = read(gates, b, j, gates_b, gates_j, inside)
+    f = read(gates, b, j + size, gates_b, gates_j, inside)
+    g = read(gates, b, j + 2 * size, gates_b, gates_j, inside)
+    o = read(gates, b, j + 3 * size, gates_b, gates_j, inside)
+    squashed = tanh(read(after, b, j, after_b, after_j, inside))
+    cell = read(before, b, j, before_b, before_j, inside)
+    m = read(dm, b, j, dm_b, dm_j, inside)
+    d = read(dc, b, j, dc_b, dc_j, inside) + m * o * (1 - squashed * squashed)
+    write(dgates, b, j, dgates_b, dgates_j, inside, d * g * i * (1 - i))
+    write(dgates, b, j + size, dgates_b, dgates_j, inside, d * cell * f * (1 - f))
+    write(dgates, b, j + 2 * size, dgates_b, dgates_j, inside, d * i * (1 - g * g))
+    write(dgates, b, j + 3 * size, dgates_b, dgates_j, inside, m * squashed * o * (1 - o))
+    write(dc, b, j, dc_b, dc_j, inside, d * f)
 
 
 @triton.jit
@@ -87,34 +101,27 @@ def _gru_cell_backward(
     dgates, dhidden, dh, gates, hidden, state, count, size, dgates_b, dgates_j, dhidden_b, dhidden_j, dh_b, dh_j,
     gates_b, gates_j, hidden_b, hidden_j, state_b, state_j, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """new = dh (1 - z) (1 - n**2), dgates = (new hidden r (1 - r), dh (state - n) z (1 - z), new), dhidden the same but
-    new r at the end, dh = dh z."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.cast(count, tl.int64) * size
-    b = at // size
-    j = at % size
-    gate = gates + b * gates_b + j * gates_j
-    step = tl.cast(size, tl.int64) * gates_j
-    r = tl.load(gate, mask=inside, other=0).to(tl.float32)
-    z = tl.load(gate + step, mask=inside, other=0).to(tl.float32)
-    n = tl.load(gate + 2 * step, mask=inside, other=0).to(tl.float32)
-    d = tl.load(dh + b * dh_b + j * dh_j, mask=inside, other=0).to(tl.float32)
-    old = tl.load(state + b * state_b + j * state_j, mask=inside, other=0).to(tl.float32)
-    product = tl.load(hidden + b * hidden_b + j * hidden_j, mask=inside, other=0).to(tl.float32)
+    """new = dh (1 - z) (1 - n**2),  dh = dh z,  and the dy of (MATHS 3), of the input's and of the state's product:
+    dgates = (new hidden r (1 - r), dh (state - n) z (1 - z), new),  dhidden the same but new r at the end.
+
+    The gates (count, 3 size) lie in the order r, z, n.
+    """
+    b, j, inside = elements(count, size, BLOCK)
+    r = read(gates, b, j, gates_b, gates_j, inside)
+    z = read(gates, b, j + size, gates_b, gates_j, inside)
+    n = read(gates, b, j + 2 * size, gates_b, gates_j, inside)
+    product = read(hidden, b, j, hidden_b, hidden_j, inside)
+    d = read(dh, b, j, dh_b, dh_j, inside)
     new = d * (1 - z) * (1 - n * n)
     new_r = new * product * r * (1 - r)
-    new_z = d * (old - n) * z * (1 - z)
-    out = dgates + b * dgates_b + j * dgates_j
-    next_gate = tl.cast(size, tl.int64) * dgates_j
-    tl.store(out, new_r, mask=inside)
-    tl.store(out + next_gate, new_z, mask=inside)
-    tl.store(out + 2 * next_gate, new, mask=inside)
-    out = dhidden + b * dhidden_b + j * dhidden_j
-    next_gate = tl.cast(size, tl.int64) * dhidden_j
-    tl.store(out, new_r, mask=inside)
-    tl.store(out + next_gate, new_z, mask=inside)
-    tl.store(out + 2 * next_gate, new * r, mask=inside)
-    tl.store(dh + b * dh_b + j * dh_j, d * z, mask=inside)
+    new_z = d * (read(state, b, j, state_b, state_j, inside) - n) * z * (1 - z)
+    write(dgates, b, j, dgates_b, dgates_j, inside, new_r)
+    write(dgates, b, j + size, dgates_b, dgates_j, inside, new_z)
+    write(dgates, b, j + 2 * size, dgates_b, dgates_j, inside, new)
+    write(dhidden, b, j, dhidden_b, dhidden_j, inside, new_r)
+    write(dhidden, b, j + size, dhidden_b, dhidden_j, inside, new_z)
+    write(dhidden, b, j + 2 * size, dhidden_b, dhidden_j, inside, new * r)
+    write(dh, b, j, dh_b, dh_j, inside, d * z)
 
 
 def _run(kernel: triton.JITFunction, size: int, *tensors: Tensor) -> None:

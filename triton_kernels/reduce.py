@@ -43,7 +43,10 @@ def _bias(
 
 @triton.jit(do_not_specialize=["parts"])
 def _add_parts(workspace, out, out_sq, parts, size, BLOCK: tl.constexpr):
-    """sum_k workspace[0, k] and sum_k workspace[1, k], in the order of k: the same bits on every run."""
+    """out = sum_k workspace[0,k],  out_sq = sum_k workspace[1,k]: sums over b (MATHS 1) of parts of the batch.
+
+    In the order of k: the same bits on every run.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wide: tl.constexpr = workspace.dtype.element_ty
     total = tl.zeros((BLOCK,), wide)

@@ -189,6 +189,11 @@ def test_convolution_of_dimensions_that_differ(groups, padding):
         check("conv_moments", *arguments)
 
 
+def test_padding_around_taps_of_one_position():
+    case = ConvCase(2, 3, 4, (2, 3, 4), 1, {"padding": (1, 2, 0), "bias": False})
+    check("conv_moments", *conv_arguments(case, torch.float32))
+
+
 def test_several_outputs_of_one_channel():
     x, dy = torch.randn(3, 2, 6, 5), torch.randn(3, 4, 4, 4)
     check("conv_moments", dy, x, [3, 2], [1, 1], [0, 0], [1, 1], 2, True)
