@@ -261,8 +261,9 @@ def leaves(tree):
         yield from leaves(t) if isinstance(t, list) else () if t is None else (t,)
 
 
-def check_step(lib, arguments, dtype, **o):
-    got = clone(arguments)
+def check_step(lib, arguments, dtype, place=lambda tree: tree, **o):
+    """`place`: moves what the kernel is given."""
+    got = place(clone(arguments))
     lib.optimizer_step_(*got, **o)
     expected, stock = (
         [*cast(arguments[:5], d), arguments[5].clone(), arguments[6].clone()] for d in (torch.float64, wide(dtype))
