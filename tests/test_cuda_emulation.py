@@ -299,6 +299,19 @@ MUTANTS = {
         "multiply_pieces<false, kPieces == 2, kPieces>",
         "multiply_pieces<false, false, kPieces>",
     ),
+    "the bias squared block by block": (
+        "few_mma",
+        "linear_mma.cuh",
+        "set(0, ends ? 0.f : sum);\n      if (!ends) return;",
+        "set(0, 0.f);",
+    ),
+    "the bias of the job before kept": ("few_mma", "linear_mma.cuh", "if (adds_bias) bias_sums.clear();", ""),
+    "the bias of a stage that has not landed": (
+        "few_mma",
+        "linear_mma.cuh",
+        "bias_sums.add(at_dy, block",
+        "bias_sums.add(base + free_stage * Tile::kStageBytes, block",
+    ),
     "chunks of an example summed in the wrong slot": (
         "few_mma",
         "linear_mma.cuh",

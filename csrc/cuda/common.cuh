@@ -229,13 +229,67 @@ __global__ void __launch_bounds__(kAddThreads, 4)
                      g, s);
 }
 
+// Where the slots of the bias begin: behind the others, g and then s of a tile's rows, of all jobs.
+template <class Layout>
+PX_DEVICE float* bias_slots(float4* workspace, const Plan& plan) {
+  return reinterpret_cast<float*>(workspace + plan.slots() * slot_vectors<Layout>());
+}
+
+// What a job of a tile of column 0 has of the bias of the tile's row number `in_tile`.
+template <int kRows>
+PX_DEVICE void put_bias(const Plan& plan, const Job& j, int in_tile, float g, float s, float* slots,
+                        int64_t outputs, const Moments& bias) {
+  const int64_t row = j.row * kRows + in_tile;
+  if (j.slot >= 0) {
+    float* slot = slots + j.slot * 2 * kRows + in_tile;
+    slot[0] = g, slot[kRows] = s;
+  } else if (row < outputs) {
+    bias.put(j.group * outputs + row, g, s);
+  }
+}
+
+// Adds the bias' slots of the tiles of column 0, like `add_slots`.
+template <int kRows>
+__global__ void __launch_bounds__(kRows)
+    add_bias_slots(const float* slots, const Plan plan, const int64_t outputs, const Moments bias) {
+  const int64_t per_tile = plan.parts * plan.chunks;
+  const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
+  const int64_t row = j.row * kRows + threadIdx.x;
+  if (j.column != 0 || row >= outputs) return;
+  const float* slot = slots + blockIdx.x * per_tile * 2 * kRows + threadIdx.x;
+  float g = 0, s = 0;
+  for (int64_t part = 0; part < plan.parts; ++part) {
+    float G = 0;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kRows) {
+      G += slot[0];
+      if (plan.chunks == 1) s += slot[kRows];
+    }
+    g += G;
+    if (plan.chunks > 1) s = fmaf(G, G, s);
+  }
+  bias.put(j.group * outputs + row, g, s);
+}
+
+// Device memory for the slots, of the bias too where it is wanted; null where there are none.
+template <class Layout>
+void* allocate_slots(const Plan& plan, const Moments& bias, const Device& device) {
+  if (plan.slots() == 0) return nullptr;
+  const int64_t bytes = slot_vectors<Layout>() * 16 + (bias.sum != nullptr ? 8 * Layout::kRows : 0);
+  return device.allocate(device.ctx, plan.slots() * bytes);
+}
+
 template <class Layout, class X>
 void launch_add_slots(const void* workspace, const Plan& plan, const Matrix& out, const X& x,
-                      const Device& device) {
+                      const Moments& bias, const Device& device) {
   int64_t cut = plan.tiles() - plan.whole;
   int64_t ctas = cut * ceil_div(slot_vectors<Layout>() / 2, kAddThreads);
   launch(add_slots<Layout, X>, {ctas, kAddThreads}, device.stream,
          static_cast<const float4*>(workspace), plan, out, x);
+  if (bias.sum == nullptr) return;
+  const float* slots =
+      static_cast<const float*>(workspace) + plan.slots() * slot_vectors<Layout>() * 4;
+  launch(add_bias_slots<Layout::kRows>, {cut, Layout::kRows}, device.stream, slots, plan,
+         out.outputs, bias);
 }
 
 }  // namespace perexample::cuda

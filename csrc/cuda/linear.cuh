@@ -24,17 +24,17 @@ inline bool small(const Matrix& m) { return m.outputs <= 64 || m.inputs <= 64; }
 
 template <Math kMath, bool kSquares, class X>
 void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch, int64_t positions,
-                    const Matrix& out, const Device& device) {
+                    const Matrix& out, const Moments& bias, const Device& device) {
   if (!vectors(dy, Tiles<kMath, true, kSquares>::Small::kElement) ||
       !vectors(x, Tiles<kMath, true, kSquares>::Small::kElement)) {
     launch_mma<typename Tiles<kMath, false, kSquares, X>::Small>(dy, x, groups, batch, positions,
-                                                                 out, device);
+                                                                 out, bias, device);
   } else if (small(out)) {
     launch_mma<typename Tiles<kMath, true, kSquares, X>::Small>(dy, x, groups, batch, positions,
-                                                                out, device);
+                                                                out, bias, device);
   } else {
     launch_mma<typename Tiles<kMath, true, kSquares, X>::Large>(dy, x, groups, batch, positions,
-                                                                out, device);
+                                                                out, bias, device);
   }
 }
 
@@ -42,20 +42,25 @@ void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch
 // the positions. Not so with few: over pairs of positions an example would take 4 T (T + 1) / 2
 // products, which cost more than what they save from T = 3 on, and at T = 2 leave noise of either
 // sign where an example's positions cancel (docs/cuda.md).
+// `bias`, of all groups' rows, or null, is added in the same pass, but for float64: false then.
 template <class X>
-void launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, int64_t batch,
-                     int64_t positions, const Matrix& out, const Device& device) {
-  if (dtype == DType::f64) return launch_simple(dy, x, groups, batch, positions, out, device);
+bool launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, int64_t batch,
+                     int64_t positions, const Matrix& out, const Moments& bias,
+                     const Device& device) {
+  if (dtype == DType::f64) {
+    launch_simple(dy, x, groups, batch, positions, out, device);
+    return false;
+  }
   auto product = [&](auto math) {
     constexpr Math kMath = decltype(math)::value;
     if constexpr (std::is_same_v<X, Strided>) {
       if (positions == 1) {
         dy.t_stride = dy.b_stride, x.t_stride = x.b_stride;
         dy.b_stride = x.b_stride = 0;
-        return launch_product<kMath, true>(dy, x, groups, 1, batch, out, device);
+        return launch_product<kMath, true>(dy, x, groups, 1, batch, out, bias, device);
       }
     }
-    launch_product<kMath, false>(dy, x, groups, batch, positions, out, device);
+    launch_product<kMath, false>(dy, x, groups, batch, positions, out, bias, device);
   };
   if (dtype == DType::bf16) {
     product(std::integral_constant<Math, Math::kBf16>{});
@@ -63,10 +68,14 @@ void launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, in
     product(std::integral_constant<Math, Math::kF16>{});
   } else {
     if constexpr (std::is_same_v<X, Strided>) {
-      if (tf32) return product(std::integral_constant<Math, Math::kTf32>{});
+      if (tf32) {
+        product(std::integral_constant<Math, Math::kTf32>{});
+        return true;
+      }
     }
     product(std::integral_constant<Math, Math::kTf32x3>{});
   }
+  return true;
 }
 
 }  // namespace perexample::cuda

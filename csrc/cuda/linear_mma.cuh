@@ -12,6 +12,9 @@
 // 4). Squares of the inputs are cut into pieces which the tensor cores multiply exactly: two
 // bfloat16 pieces hold the 16 bits of a squared bfloat16, three the 22 bits of a squared float16.
 // float32 uses three TF32 products for one, which keeps 21 bits; kTf32 one.
+//
+// CTAs of the first column of tiles add up the bias from what has landed. Its sums are in shared
+// memory, since no registers are left.
 #pragma once
 
 #include "common.cuh"
@@ -54,7 +57,8 @@ struct MmaTile : MmaLayout<kM, kN, kWarpM, kWarpN> {
   static constexpr int kPitchDy = kHalf ? kM : kM + 8, kPitchX = kHalf ? kN : kN + 8;
   static constexpr int kBytesDy = kBlock * kPitchDy * kElement;
   static constexpr int kStageBytes = kBytesDy + kBlock * kPitchX * kElement;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kBiasBytes = 3 * kM * 4;  // see `BiasSums`
+  static constexpr int kSharedBytes = kStages * kStageBytes + kBiasBytes;
 };
 
 // Byte offset of element (position k, column c) in a stage's half.
@@ -304,10 +308,53 @@ PX_DEVICE void multiply_single(Accumulators<Tile>& acc, uint32_t dy, uint32_t x,
   }
 }
 
+// Sums of the columns of dy, in shared memory from `at` on: [G, g, s][column], a thread a column.
+template <class Tile>
+struct BiasSums {
+  static constexpr uint32_t kPlane = 4 * Tile::kRows;  // bytes
+  uint32_t at;
+
+  PX_DEVICE explicit BiasSums(uint32_t sums) : at(sums + 4 * threadIdx.x) {}
+  PX_DEVICE static bool mine() { return threadIdx.x < Tile::kRows; }
+  PX_DEVICE float get(int plane) const { return as_float(load_shared_32(at + plane * kPlane)); }
+  PX_DEVICE void set(int plane, float x) const { store_shared_32(at + plane * kPlane, as_bits(x)); }
+  PX_DEVICE void clear() const {
+    for (int plane = 0; plane < 3; ++plane) set(plane, 0);
+  }
+
+  // The block of positions in the stage at `dy`, zeros where there are none. `ends`: the last of
+  // its example. With kSquares every position is an example.
+  PX_DEVICE void add(uint32_t dy, bool ends) const {
+    const int column = static_cast<int>(threadIdx.x);
+    float G[4] = {}, s = 0;
+#pragma unroll
+    for (int k = 0; k < Tile::kBlock; ++k) {
+      float x;
+      if constexpr (Tile::kHalf) {
+        const uint32_t both = load_shared_32(dy + offset<Tile, Tile::kPitchDy>(k, column & ~1));
+        const uint16_t bits = static_cast<uint16_t>(column % 2 != 0 ? both >> 16 : both);
+        x = Tile::kMath == Math::kBf16 ? widen(bf16{bits}) : widen(f16{bits});
+      } else {
+        x = as_float(load_shared_32(dy + offset<Tile, Tile::kPitchDy>(k, column)));
+      }
+      G[k % 4] += x;
+      if constexpr (Tile::kSquares) s = fmaf(x, x, s);
+    }
+    float sum = (G[0] + G[1]) + (G[2] + G[3]);
+    if constexpr (!Tile::kSquares) {
+      sum += get(0);
+      set(0, ends ? 0.f : sum);
+      if (!ends) return;
+      s = sum * sum;
+    }
+    set(1, get(1) + sum), set(2, get(2) + s);
+  }
+};
+
 template <class Tile, class X>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     mma_moments(const Strided dy, const X x, const Plan plan, const int64_t positions,
-                const Matrix out, float4* __restrict__ workspace) {
+                const Matrix out, const Moments bias, float4* __restrict__ workspace) {
   PX_SHARED_MEMORY(memory);
   const uint32_t base = shared_address(memory);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -337,6 +384,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (next_t >= t1) next_t = t0, ++next_b;
     };
     acc.clear();
+    const BiasSums<Tile> bias_sums(base + Tile::kStages * Tile::kStageBytes);
+    const bool adds_bias = bias.sum != nullptr && j.column == 0 && bias_sums.mine();
+    if (adds_bias) bias_sums.clear();
     __syncthreads();  // the stages of the job before have been read
 #pragma unroll 1
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
@@ -350,6 +400,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (done + Tile::kStages - 1 < total) load(free_stage);
       copy_commit();
       const uint32_t at_dy = base + stage * Tile::kStageBytes, at_x = at_dy + Tile::kBytesDy;
+      if (adds_bias) bias_sums.add(at_dy, block + 1 == blocks);
       const int left = t1 - t0 - block * Tile::kBlock;  // positions of this block, and after it
       auto multiply = [&](int k, auto first) {
         if constexpr (Tile::kHalf) {
@@ -378,6 +429,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (++free_stage == Tile::kStages) free_stage = 0;
     }
     acc.drain();
+    if (adds_bias) {
+      put_bias<Tile::kRows>(plan, j, static_cast<int>(threadIdx.x), bias_sums.get(1),
+                            bias_sums.get(2), bias_slots<typename Tile::Layout>(workspace, plan),
+                            out.outputs, bias);
+    }
     const int thread = opaque(static_cast<int>(threadIdx.x));
     const float* g = acc.sums();
     const float* s = &acc.s[0][0][0];
@@ -391,9 +447,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 // `batch` examples of `positions`; with kSquares one example, whose positions are the batch.
+// `bias`: of all groups' rows; null where not wanted.
 template <class Tile, class X>
 void launch_mma(const Strided& dy, const X& x, int64_t groups, int64_t batch, int64_t positions,
-                const Matrix& out, const Device& device) {
+                const Matrix& out, const Moments& bias, const Device& device) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 64;  // what a CTA counts, it counts in 32 bits
   if (batch >= kMost || positions >= kMost || batch * ceil_div(positions, Tile::kBlock) >= kMost) {
     throw std::runtime_error("perexample: too many examples or positions for one call");
@@ -404,13 +461,10 @@ void launch_mma(const Strided& dy, const X& x, int64_t groups, int64_t batch, in
                                  device.multiprocessors)
                           : plan(groups, out.outputs, out.inputs, Tile::kRows, Tile::kColumns,
                                  batch, positions, Tile::kBlock, device.multiprocessors);
-  void* workspace = nullptr;
-  if (p.slots() > 0) {
-    workspace = device.allocate(device.ctx, p.slots() * slot_vectors<typename Tile::Layout>() * 16);
-  }
+  void* workspace = allocate_slots<typename Tile::Layout>(p, bias, device);
   launch(mma_moments<Tile, X>, {p.ctas, Tile::kThreads, Tile::kSharedBytes}, device.stream, dy, x,
-         p, positions, out, static_cast<float4*>(workspace));
-  launch_add_slots<typename Tile::Layout>(workspace, p, out, x, device);
+         p, positions, out, bias, static_cast<float4*>(workspace));
+  launch_add_slots<typename Tile::Layout>(workspace, p, out, x, bias, device);
 }
 
 }  // namespace perexample::cuda

@@ -132,7 +132,7 @@ PX_DEVICE void fetch(const CUtensorMap* dy, const CUtensorMap* x, const Plan& pl
   }
 }
 
-// Sums of two columns of dy, one thread each pair. `slots`: g, then s, of the kRows of a tile.
+// Sums of two columns of dy, one thread each pair.
 template <class Tile>
 PX_DEVICE void add_bias(const Plan& plan, uint32_t rank, uint32_t base, const Matrix& out,
                         const Moments& bias, float* slots) {
@@ -189,13 +189,7 @@ PX_DEVICE void add_bias(const Plan& plan, uint32_t rank, uint32_t base, const Ma
     const int in_tile = static_cast<int>(rank) * Tile::kCtaRows + column;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t row = j.row * Tile::kRows + in_tile + e;
-      if (j.slot >= 0) {
-        float* slot = slots + j.slot * 2 * Tile::kRows + in_tile + e;
-        slot[0] = g[e], slot[Tile::kRows] = s[e];
-      } else if (row < out.outputs) {
-        bias.put(row, g[e], s[e]);
-      }
+      put_bias<Tile::kRows>(plan, j, in_tile + e, g[e], s[e], slots, out.outputs, bias);
     }
   }
 }
@@ -341,8 +335,7 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
     if (threadIdx.x == 0) {
       fetch<Tile>(&dy_map, &x_map, plan, rank, base);
     } else if (bias.sum != nullptr && threadIdx.x >= 32 && threadIdx.x < 96) {
-      float* slots = reinterpret_cast<float*>(workspace +
-                                              plan.slots() * slot_vectors<typename Tile::Layout>());
+      float* slots = bias_slots<typename Tile::Layout>(workspace, plan);
       add_bias<Tile>(plan, rank, base, out, bias, slots);
     }
   } else {
@@ -350,28 +343,6 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
     multiply<Tile>(plan, rank, base, out, x, workspace);
   }
 #endif
-}
-
-// Adds the bias' slots of the tiles of column 0, like `add_slots`.
-template <int kRows>
-__global__ void __launch_bounds__(kRows)
-    add_bias_slots(const float* slots, const Plan plan, const int64_t outputs, const Moments bias) {
-  const int64_t per_tile = plan.parts * plan.chunks;
-  const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
-  const int64_t row = j.row * kRows + threadIdx.x;
-  if (j.column != 0 || row >= outputs) return;
-  const float* slot = slots + blockIdx.x * per_tile * 2 * kRows + threadIdx.x;
-  float g = 0, s = 0;
-  for (int64_t part = 0; part < plan.parts; ++part) {
-    float G = 0;
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kRows) {
-      G += slot[0];
-      if (plan.chunks == 1) s += slot[kRows];
-    }
-    g += G;
-    if (plan.chunks > 1) s = fmaf(G, G, s);
-  }
-  bias.put(row, g, s);
 }
 
 template <class Tile>
@@ -386,23 +357,12 @@ void launch_wgmma(const Linear& a, const Strided& x, const Matrix& out, const Mo
                    {1, stride[1], stride[0]},
                    {64, box_positions, Tile::kBlock / box_positions}});
   };
-  void* workspace = nullptr;
-  if (p.slots() > 0) {
-    workspace =
-        device.allocate(device.ctx, p.slots() * (slot_vectors<typename Tile::Layout>() * 16 +
-                                                 (bias.sum != nullptr ? 8 * Tile::kRows : 0)));
-  }
+  void* workspace = allocate_slots<typename Tile::Layout>(p, bias, device);
   launch(wgmma_moments<Tile>,
          {p.ctas * Tile::kCluster, Tile::kCtaThreads, Tile::kSharedBytes, Tile::kCluster},
          device.stream, map(a.dy, a.dy_stride, a.O), map(a.x, a.x_stride, a.I), x, p, out, bias,
          static_cast<float4*>(workspace));
-  launch_add_slots<typename Tile::Layout>(workspace, p, out, x, device);
-  if (bias.sum != nullptr) {
-    const float* slots = static_cast<const float*>(workspace) +
-                         p.slots() * slot_vectors<typename Tile::Layout>() * 4;
-    launch(add_bias_slots<Tile::kRows>, {p.tiles() - p.whole, Tile::kRows}, device.stream, slots, p,
-           a.O, bias);
-  }
+  launch_add_slots<typename Tile::Layout>(workspace, p, out, x, bias, device);
 }
 
 }  // namespace perexample::cuda

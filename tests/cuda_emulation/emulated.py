@@ -291,7 +291,7 @@ def mutant_cases(lib: Emulated, few: str, seed: int) -> None:
         for dtype in (torch.bfloat16,) if few == "few_wgmma" else (torch.bfloat16, torch.float32):
             if shape[1] > 1 or dtype == torch.bfloat16:
                 dy, x = (padded(t) for t in pair(*shape, dtype))
-                check_linear(lib, dy, x, few == "few_wgmma", multiprocessors=multiprocessors, seed=seed)
+                check_linear(lib, dy, x, True, multiprocessors=multiprocessors, seed=seed)
     if few == "few_mma":
         check_linear(lib, *map(padded, of_largest_rest(40, 72, 44, torch.bfloat16)), bias=False, seed=seed)
 
