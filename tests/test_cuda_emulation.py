@@ -78,6 +78,8 @@ HOPPER = [
     ((60, 16, 64, 64), 6),
     ((2, 1000, 72, 72), 8),
     ((1, 700, 136, 8), 12),
+    ((7, 64, 264, 72), 4),
+    ((6, 256, 136, 72), 2),
 ]
 
 
@@ -225,6 +227,18 @@ MUTANTS = {
         "linear_wgmma.cuh",
         "        for (int block = 0; block < full_blocks; ++block) {\n          barrier_wait(ring.full(), ring.phase);",
         "        for (int block = 0; block < full_blocks; ++block) {",
+    ),
+    "a turn passed on before all warps have seen it": (
+        "few_wgmma",
+        "linear_wgmma.cuh",
+        "          __syncwarp();\n          if (thread % 32 == 0) barrier_arrive(ring.turn(1 - group));",
+        "          if (thread < 4) barrier_arrive(ring.turn(1 - group));",
+    ),
+    "turns in examples longer than the ring": (
+        "few_wgmma",
+        "linear_wgmma.cuh",
+        "full_blocks + (tail_steps > 0) < Tile::kStages - 1;",
+        "true;",
     ),
     "wrong stride in the descriptor": (
         "few_wgmma",

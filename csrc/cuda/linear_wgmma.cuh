@@ -6,7 +6,8 @@
 // positions of both operands a stage, and two of the idle warps add up the bias from what has
 // landed. Each of the two other warpgroups multiplies 64 rows and keeps G, g and s in registers:
 // the first product of an example does not add (so that nothing is cleared), its last is waited
-// for, and G is drained into g and s. With kCluster = 2 a pair of CTAs, one above the other, shares
+// for, and G is drained into g and s. The two take turns at examples of few stages, so that one
+// multiplies while the other drains. With kCluster = 2 a pair of CTAs, one above the other, shares
 // the operand x: each fetches one half of it for both.
 //
 // kExample = 0: an example takes any number of stages. 16 or 32: examples of up to so many
@@ -39,8 +40,8 @@ struct WgmmaTile : WgmmaLayout<kCluster_> {
   static constexpr int kHalfBytes = 64 * kBlock * 2;  // 64 columns of an operand
   static constexpr int kStageBytes = 4 * kHalfBytes;  // dy, then x
   static constexpr int kCtaThreads = 384, kFetching = 128;
-  // Room to align the stages to the swizzle, and two barriers a stage.
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 1024;
+  // Room to align the stages to the swizzle, two barriers a stage, and two for the turns.
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 16 + 1024;
   static constexpr int kBiasWarps = 2;
 };
 
@@ -78,6 +79,8 @@ struct Ring {
   PX_DEVICE uint32_t full() const { return full(stage); }
   PX_DEVICE uint32_t empty(int of) const { return full(of) + 8; }
   PX_DEVICE uint32_t empty() const { return empty(stage); }
+  // The turn of a multiplying warpgroup to begin an example.
+  PX_DEVICE uint32_t turn(int group) const { return full(Tile::kStages) + 8 * group; }
   PX_DEVICE void advance() {
     if (++stage == Tile::kStages) stage = 0, phase ^= 1;
   }
@@ -201,6 +204,7 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
   const int thread = static_cast<int>(threadIdx.x) % 128;
   float G[64], g[64], s[64];
   Ring<Tile> ring(base, 0);
+  uint32_t turn_phase = group == 0 ? 1 : 0;  // the upper rows begin
   auto release = [&](int stage) {
     if constexpr (Tile::kCluster == 1) {
       if (thread == 0) barrier_arrive(ring.empty(stage));
@@ -248,8 +252,12 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
       // Positions behind the last are zero: a tail of four steps is a block like the others.
       const int full_blocks = (positions + 15) / Tile::kBlock;
       const int tail_steps = (positions + 15) % Tile::kBlock / 16;
+      // A warpgroup can then be an example ahead of the other within the ring of stages; in a
+      // longer one it would wait for stages that the other has to read first.
+      const bool in_turns = full_blocks + (tail_steps > 0) < Tile::kStages - 1;
       for (int64_t b = j.b0; b < j.b1; ++b) {
         int before = -1, add = 0;
+        if (in_turns) barrier_wait(ring.turn(group), turn_phase), turn_phase ^= 1;
         auto committed = [&] {  // one group of products stays in flight
           if (before >= 0) wgmma_wait<1>(), release(before);
           before = ring.stage;
@@ -290,6 +298,11 @@ PX_DEVICE void multiply(const Plan& plan, uint32_t rank, uint32_t base, const Ma
           }
           committed();
         }
+        if (in_turns) {
+          // Of every warp: the turn may come back only when all have seen that it was there.
+          __syncwarp();
+          if (thread % 32 == 0) barrier_arrive(ring.turn(1 - group));
+        }
         wgmma_wait<0>();
         release(before);
         drain();
@@ -323,6 +336,7 @@ __global__ void __launch_bounds__(Tile::kCtaThreads, 1)
       barrier_init(ring.empty(i),
                    2 * Tile::kCluster + (bias.sum != nullptr ? Tile::kBiasWarps : 0));
     }
+    for (int group = 0; group < 2; ++group) barrier_init(ring.turn(group), 4);
     barrier_init_fence();
   }
   if constexpr (Tile::kCluster > 1) {
