@@ -265,3 +265,101 @@ class TestOtherInputs:
         grad = model.second.weight.sum_grad_squared
         c = torch.einsum("bto,ti->boi", weights * model.first(X), 2 * Y[0])
         torch.testing.assert_close(grad, c.square().sum(0))
+
+
+def shuffled(h):
+    return h[torch.arange(len(h)).roll(1)]
+
+
+def by_sum(h):
+    order = h.detach().flatten(1).sum(1).argsort()
+    return h[order]
+
+
+REORDERED = {
+    "indexed": lambda m, h: m.second(shuffled(m.second(h))),
+    "sorted": lambda m, h: m.second(by_sum(m.second(h))),
+    "flipped": lambda m, h: m.second(m.second(h).flip(0)),
+    "rolled": lambda m, h: m.second(h) + m.second(h.roll(1, 0)),
+    "selected": lambda m, h: m.second(torch.index_select(m.second(h), 0, torch.arange(len(h)).flip(0))),
+    "joined": lambda m, h: m.second(torch.cat([(y := m.second(h))[1:], y[:1]])),
+    "stacked": lambda m, h: m.second(torch.stack(list(m.second(h))[::-1])),
+}
+IN_ORDER = {
+    "before the first use": lambda m, h: m.second(m.second(shuffled(h)).tanh()),
+    "and back": lambda m, h: m.second(m.second(h).flip(0).tanh().flip(0)),
+    "after the last use": lambda m, h: shuffled(m.second(m.second(h))),
+    "of positions": lambda m, h: m.second(m.second(h)[:, torch.arange(SAME).flip(0)]),
+    "by itself": lambda m, h: m.second(shuffled(h)),
+    "of neighbours": lambda m, h: m.second(h) + m.second(h + shuffled(h.detach())),
+}
+
+
+class Reused(nn.Module):
+    def __init__(self, body, fallback):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.fc = body, nn.Linear(SAME, SAME), nn.Linear(SAME, SAME)
+        self.scale = nn.Parameter(randn(SAME, seed=2).float()) if fallback else None
+
+    def second(self, h):
+        return self.fc(h) if self.scale is None else h * self.scale
+
+    def forward(self, x):
+        FORWARDS.append(x)
+        return self.body(self, self.first(x))
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["kernel", "fallback"])
+class TestOrders:
+    @pytest.mark.parametrize("batch", [3, SAME, 7])
+    @pytest.mark.parametrize("how", REORDERED)
+    def test_two_orders_are_refused(self, how, batch, fallback):
+        model = px.convert(Reused(REORDERED[how], fallback).double())
+        name = "Reused.scale" if fallback else "fc"
+        with pytest.raises(ValueError, match=f"^{name}: .* uses its weight with the examples in different orders"):
+            model(randn(batch, SAME, SAME))
+
+    @pytest.mark.parametrize("batch", [3, SAME])
+    @pytest.mark.parametrize("how", IN_ORDER)
+    def test_one_order_is_exact(self, how, batch, fallback):
+        model = px.convert(Reused(IN_ORDER[how], fallback).double())
+        x, weights = randn(batch, SAME, SAME), randn(batch, SAME, SAME, seed=3)
+        (model(x) * weights).sum().backward()
+        if how in ("and back", "of positions"):
+            assert_moments(model, oracle(model, weighted_sum, x, weights, reduction="sum"))
+
+
+def test_orders_of_a_weight_in_two_layers():
+    class Tied(nn.Module):
+        def __init__(self, turn):
+            super().__init__()
+            self.turn, self.table, self.head = turn, nn.Embedding(9, SAME), nn.Linear(SAME, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            FORWARDS.append(tokens)
+            return self.head(self.turn(self.table(tokens))).flip(0)
+
+    tokens = torch.arange(15).view(3, 5) % 9
+    with pytest.raises(ValueError, match=r"^head: .* \(one example is in row 2 here, in row 0 in table\), so that"):
+        px.convert(Tied(lambda h: h.flip(0)).double())(tokens)
+    FORWARDS.clear()
+    px.convert(Tied(lambda h: h.flip(1)).double())(tokens)
+    assert len(FORWARDS) == 4
+    FORWARDS.clear()
+    model = px.convert(Tied(lambda h: h).double())
+    model.head.weight = nn.Parameter(torch.ones(9, SAME).double())  # a weight of its own
+    model(tokens)
+    assert len(FORWARDS) == 1
+
+
+def test_the_copies_share_their_parameters():
+    places = set()
+
+    def body(m, x):
+        places.add(m.layer.weight.data_ptr())
+        return KEPT["changed"](m, x)
+
+    convert(body)(X)
+    assert len(FORWARDS) == 4 and len(places) == 1

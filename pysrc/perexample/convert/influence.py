@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global
 from torch.utils import _pytree as pytree
 
-from ..moments import ExampleCount
+from ..moments import ExampleCount, MomentModule, Uses
 from ..moments.layout import PassInput, Seen
+from ..moments.places import may_reorder
+from ..nn.fallback import Fallback
 
-__all__ = ["cuda_devices", "refuse_moved_batch"]
+__all__ = ["cuda_devices", "refuse_moved_batch", "refuse_other_orders"]
 
 
 def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: PassInput) -> None:
@@ -47,6 +49,72 @@ def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             f"batch: another example in the model's input changes dimension {dim} there; keep the batch as dimension "
             f"{axis} up to this layer, or run this part under px.no_moments()"
         )
+
+
+def refuse_other_orders(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: PassInput,
+    outputs: list[Tensor],
+    uses: list[Uses],
+) -> None:
+    """Raise where one weight was used with the examples in different orders; there may be no verdict, as above.
+
+    This is tried only where the graph of the `outputs` has an operation that could change the order.
+    """
+    batch = known.tensor.shape[known.axis]
+    users = [names for use in uses if (names := _users(use, known.met))]
+    if batch < 2 or not users or not _may_reorder(outputs, batch) or not _repeatable(module, known.tensor):
+        return
+    wanted = {name: fallback for names in users for name, fallback in names.items()}
+    known = PassInput(known.tensor, known.axis, unclear=wanted)
+    try:
+        with _restored(module):
+            found = _Trials(module, args, kwargs, known).reordered(users)
+    except Exception:
+        return
+    if found is not None:
+        name, row, other, other_row = found
+        where = "in another use" if name == other else f"in {other}"
+        raise ValueError(
+            f"{name}: this forward pass uses its weight with the examples in different orders (one example is in row "
+            f"{row} here, in row {other_row} {where}), so that their parts cannot be added per example before "
+            f"squaring; keep one order from the first use on, or give each use a weight of its own"
+        )
+
+
+def _users(uses: Uses, met: dict[str, int]) -> dict[str, bool]:
+    """What uses a weight several times, by the names as in `PassInput.unclear`; {} where it is used once."""
+    names: dict[str, bool] = {}
+    for place in uses.moment.places:
+        owner = place.owner()
+        if isinstance(owner, Fallback):
+            name = f"{owner._label()}.{place.parameter_name}"
+            if uses.shared or met.get(name, 0) > 1:
+                names[name] = True
+        # Those with several inputs may have them in whatever order.
+        elif (
+            isinstance(owner, MomentModule)
+            and uses.shared
+            and not isinstance(owner, (nn.MultiheadAttention, nn.Bilinear))
+        ):
+            names[owner._label()] = False
+    return names
+
+
+def _may_reorder(outputs: list[Tensor], batch: int) -> bool:
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if may_reorder(node, batch):
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return False
 
 
 def _repeatable(module: nn.Module, x: Tensor) -> bool:
@@ -135,8 +203,29 @@ class _Trials:
                         return found
         return None
 
-    def run(self, tensor: Tensor | None = None, row: int = 0) -> _Trial:
-        """Run forward on copies, with another row of the input `tensor` in the place of `row`."""
+    def reordered(self, users: list[dict[str, bool]]) -> tuple[str, int, str, int] | None:
+        """Two uses of one weight, and the rows where they have one example; None if no two are known to differ."""
+        base = self.run()
+        trials = [self.run(self.known.tensor, row, turned=True) for row in self.rows]
+        found: dict[int, tuple[str, list[int]]] = {}  # by weight, the first use
+        for i, (name, axis, tensor) in enumerate(base.seen):
+            changed = [_along(_differ(tensor, trial.seen[i].tensor), axis).nonzero() for trial in trials]
+            if any(len(rows) != 1 for rows in changed):
+                continue  # examples interact, or their order depends on what they hold
+            here = [int(rows) for rows in changed]
+            for weight, names in enumerate(users):
+                if name in names:
+                    other, there = found.setdefault(weight, (name, here))
+                    for row, other_row in zip(here, there, strict=True):
+                        if row != other_row:
+                            return name, row, other, other_row
+        return None
+
+    def run(self, tensor: Tensor | None = None, row: int = 0, turned: bool = False) -> _Trial:
+        """Run forward on copies, with another row of the input `tensor` in the place of `row`, or that `turned` around.
+
+        Turned around along its first dimension a row has the same length and the same sum, by which models sort.
+        """
         # The parameters are shared, what else there is in the model is the copy's own.
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
         module = copy.deepcopy(self.module, memo)
@@ -149,7 +238,8 @@ class _Trials:
                 copies[id(value)] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         if tensor is not None:
             rows = tensor.detach().movedim(self.known.axis, 0)
-            copies[id(tensor)].movedim(self.known.axis, 0)[row] = rows[1 if row == 0 else row - 1]
+            new = rows[row].flip(0) if turned and rows.dim() > 1 else rows[1 if row == 0 else row - 1]
+            copies[id(tensor)].movedim(self.known.axis, 0)[row] = new
         args, kwargs = pytree.tree_unflatten([copies[id(value)] for value in self.flat], self.spec)
         # The exact fallback looks at what its parameters meet only where there are gradients.
         with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(any(self.known.unclear.values())):
@@ -192,9 +282,14 @@ def _differ(x: Tensor, y: Tensor) -> Tensor:
     return (x != y) & ~((x != x) & (y != y))
 
 
+def _along(changed: Tensor, dim: int) -> Tensor:
+    """Where along dimension `dim` there is any change."""
+    return changed.movedim(dim, 0).flatten(1).any(1).cpu()
+
+
 def _only(changed: Tensor, dim: int, row: int, batch: int) -> bool:
     """Whether along dimension `dim`, which is the batch or has it folded in, the changes are where `row` is, only."""
     size = changed.shape[dim]
-    where = changed.movedim(dim, 0).flatten(1).any(1).cpu()
+    where = _along(changed, dim)
     steps = [step for step in range(1, size // batch + 1) if size % (step * batch) == 0]
     return any(torch.equal(where, torch.arange(size) // step % batch == row) for step in steps)

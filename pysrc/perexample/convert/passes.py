@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from .. import autograd
 from ..autograd.expansion import batched
-from ..moments import ExampleCount, MomentModule, _Mode, overlap
+from ..moments import ExampleCount, Moment, MomentModule, Uses, _Mode, overlap
 from ..moments.bypass import refuse_bypass
 from ..moments.layout import PassInput
 from ..moments.module import WITH, WITHOUT
-from .influence import refuse_moved_batch
+from .influence import refuse_moved_batch, refuse_other_orders
 
 __all__ = ["batch_of", "follow_passes"]
 
@@ -126,12 +126,13 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if examples.batch is None or examples.root != module.__dict__.get("_name", ""):
         return None
     batch, used, known = examples.batch, examples.used, examples.input
+    uses, call = examples.uses, (module, args, kwargs)
     _refuse_lone_row(module, examples, _tensors((args, kwargs)), output)
     examples.end_pass()
     if known is not None and known.unclear:
         examples.unclear += 1
         if _now(examples.unclear):
-            refuse_moved_batch(module, args, kwargs, known)
+            refuse_moved_batch(*call, known)
     if not module.training and all(how == WITHOUT for how in used.values()):
         if used:
             _watch(examples, output)
@@ -143,7 +144,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         if not output.requires_grad:
             return None
         output = batched(output)
-        _look([output], examples, used)
+        _look([output], examples, used, uses, call, known)
         return autograd.count_examples(*examples.leaves(), batch, [output], note)[0]
     leaves, spec = pytree.tree_flatten(output)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -156,7 +157,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             )
         return None
     outputs = [batched(leaves[i]) for i in where]
-    _look(outputs, examples, used)
+    _look(outputs, examples, used, uses, call, known)
     counted = autograd.count_examples(*examples.leaves(), batch, outputs, note)
     for i, tensor in zip(where, counted, strict=True):
         leaves[i] = tensor
@@ -190,13 +191,22 @@ def _refuse_lone_row(module: nn.Module, examples: ExampleCount, inputs: Iterator
         )
 
 
-def _look(outputs: list[Tensor], examples: ExampleCount, used: dict[str, str]) -> None:
+def _look(
+    outputs: list[Tensor],
+    examples: ExampleCount,
+    used: dict[str, str],
+    uses: dict[Moment, Uses],
+    call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]],
+    known: PassInput | None,
+) -> None:
     """Look through the graph of the first passes, and ever more rarely of later ones."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return
     examples.passes += 1
     if examples.watched is None and _now(examples.passes):
         refuse_bypass(outputs, examples, used, WITH)
+        if known is not None:
+            refuse_other_orders(*call, known, outputs, list(uses.values()))
 
 
 def _now(times: int) -> bool:

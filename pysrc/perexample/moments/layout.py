@@ -48,12 +48,14 @@ class Seen(NamedTuple):
 class PassInput:
     """The input of the forward pass under way that its batch size was taken from, and which dimension that was.
 
-    `unclear` are the layers, or parameters of the fallback (True), whose inputs do not show where their batch is.
-    Where `watched` is set, it is filled with the inputs of those layers, and nothing else is done.
+    `met` is how many tensors with a batch each parameter of the fallback has met. `unclear` are the layers, or
+    parameters of the fallback (True), whose inputs do not show where their batch is. Where `watched` is set, it is
+    filled with the inputs of those layers, and nothing else is done.
     """
 
     tensor: Tensor
     axis: int
+    met: dict[str, int] = field(default_factory=dict)
     unclear: dict[str, bool] = field(default_factory=dict)
     watched: tuple[dict[str, bool], list[Seen]] | None = None
 

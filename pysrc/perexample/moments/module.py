@@ -186,7 +186,9 @@ class MomentModule(nn.Module):
                 f"{x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch away, or the batch is "
                 f"not dimension {axis}"
             )
-        elif not torch.compiler.is_compiling() and ambiguous(x.shape, axis, batch):
+        elif not torch.compiler.is_compiling() and (
+            self._examples.watched is not None or ambiguous(x.shape, axis, batch)
+        ):
             moved = moved_from(x, axis, batch, self._examples.input, self._label())
             if moved:
                 why = f"{batch} rows, as many as the batch has examples, but dimension {axis} is not the batch: {moved}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MOVES", "Place", "before", "joins_data", "operation_of"]
+__all__ = ["MOVES", "Place", "before", "joins_data", "may_reorder", "operation_of"]
 
 MOVES = {"Permute": "'permute'", "Transpose": "'transpose'", "T": "'t'"}
 
@@ -19,6 +19,10 @@ _BROADCAST = tuple(
     "Xlogy Fmod Remainder".split()
 )
 _JOINS = frozenset("Add Sub Mul Div Where Maximum Minimum Lerp Addcmul Addcdiv Cat Stack Copy CopySlices".split())
+_REORDERS = frozenset(
+    "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd Take TakeAlongDim Flip Roll Sort Topk "
+    "Cat Stack CopySlices".split()
+)
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear")
 
 
@@ -55,6 +59,19 @@ def before(node: Any, number: int, place: Place, following: Any, index: int, bat
 def joins_data(node: Any) -> bool:
     """Whether `node` may have joined its input with data that has no history; or with a number, which does not show."""
     return any(following is None for following, _ in node.next_functions) and operation_of(node.name()) in _JOINS
+
+
+def may_reorder(node: Any, batch: int) -> bool:
+    """Whether `node` may have put the rows of a batch into another order."""
+    operation = operation_of(node.name())
+    function = getattr(type(node), "_forward_cls", None)
+    if operation not in _REORDERS and (function is None or function.__module__.startswith("perexample.")):
+        return False
+    dim = getattr(node, "_saved_dim", None)
+    shapes = _shapes(node)
+    if isinstance(dim, int) and shapes and shapes[0]:
+        return shapes[0][_signed(dim) % len(shapes[0])] == batch
+    return any(batch in shape for shape in shapes)
 
 
 def _shapes(node: Any) -> list[Sequence[int]]:

@@ -84,8 +84,12 @@ class Rule(Meeting):
     def refuse_moved(self, carrier: Tensor) -> None:
         """Raise where it is known that another dimension than the batch stands in the place of the batch."""
         axis = axis_of(carrier, self.batch_dim)
-        if ambiguous(carrier.shape, axis, self.batch):
-            origin = self.first.origin
+        origin = self.first.origin
+        watched = False
+        if origin.input is not None:
+            watched = origin.input.watched is not None
+            origin.input.met[origin.name] = origin.input.met.get(origin.name, 0) + 1
+        if watched or ambiguous(carrier.shape, axis, self.batch):
             moved = moved_from(carrier, axis, self.batch, origin.input, origin.name, fallback=True)
             if moved:
                 self.refuse(
