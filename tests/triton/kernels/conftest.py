@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Without it the products of recurrent layers refuse to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/triton/kernels needs a GPU, or TRITON_INTERPRET=1")
 

@@ -5,6 +5,7 @@ import test_recurrent as cases
 import torch
 from launching import launcher
 from opchecks import relaid
+from perexample.triton_kernels import _launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,8 +49,9 @@ def test_lstm_at_the_ends_of_the_range():
     expected = torch.stack([x.tanh() if k == 2 else x.sigmoid() for k, x in enumerate(expected)]).view(1, 1, -1)
     states, cells, size = torch.zeros(2, 1, 24), torch.zeros(2, 1, 24), 24
     launcher("lstm_forward_")(gates, states, cells, torch.zeros(4 * size, size), None, [], False)
-    # Relative, but for what is smaller than a sigmoid of -87.
-    assert ((gates - expected).abs() <= 4 * torch.finfo(torch.float32).eps * expected.abs() + 1e-37).all()
+    # Relative, but for what is smaller than a sigmoid of -87. A GPU's exp multiplies with log2(e) in float32 first.
+    most = 4.0 if _launch.INTERPRET else 8 + values.abs().clamp(max=88).repeat(8)
+    assert ((gates - expected).abs() <= most * torch.finfo(torch.float32).eps * expected.abs() + 1e-37).all()
     gates = torch.full((1, 1, 4 * size), float("nan"))
     launcher("lstm_forward_")(gates, states, cells, torch.zeros(4 * size, size), None, [], False)
     assert gates.isnan().all() and states[1].isnan().all() and cells[1].isnan().all()

@@ -2,8 +2,11 @@
 
 import copy
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +192,28 @@ def test_the_gpu_scripts_choose_the_implementation(monkeypatch):
         gpu.use("triton")  # here already
         assert not started
         monkeypatch.delenv("PEREXAMPLE_CUDA")
+
+
+TODO = CONFIGS.parents[1] / "bench/GPU_TODO.md"
+COMMANDS = sorted(set(re.findall(r"python -m (bench\.\w+|pytest)([^`#\n]*)", TODO.read_text())))
+
+
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS, ids=lambda value: value.strip())
+def test_the_commands_of_the_list_parse(module, arguments, monkeypatch):
+    words = shlex.split(arguments)
+    if module == "pytest":
+        paths = [Path(word) for word in words if "/" in word]
+        assert paths and all((TODO.parents[1] / path).exists() for path in paths)
+        # One process either interprets or compiles, and has one module of a name.
+        assert len({path.parts[:3] for path in paths if path.parts[1] == "triton"}) <= 1
+        return
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    monkeypatch.setattr(gpu, "use", lambda implementation: None)  # starts the command again
+    with pytest.raises(SystemExit, match="no GPU here"):
+        importlib.import_module(module).main()
+    for word in words[1:]:
+        if module == "bench.tune_triton":
+            assert any(word in row.name for row in ROWS)
 
 
 def test_the_table_of_linear_runs_the_triton_kernel():
