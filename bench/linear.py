@@ -74,9 +74,12 @@ def cases(full: bool) -> list[_kernels.Case]:
         sizes = [(768, 768), (768, 3072), (3072, 768), (1024, 1024), (512, 1536)]
     wide = [(shape, (768, 3072)) for shape in shapes] if full else [((8, 64), (768, 768))]
     half = [_case(*shape, *size, torch.bfloat16, peers=False) for shape, size in wide]
-    return half + [
+    # A width that the threads cannot share as evenly as 768.
+    uneven = [] if full else [_case(8, 64, 1024, 1024, torch.float32, peers=False)]
+    single = [
         _case(*shape, *size, torch.float32, peers=full and size == (768, 768)) for size in sizes for shape in shapes
     ]
+    return half + single + uneven
 
 
 if __name__ == "__main__":

@@ -275,9 +275,12 @@ Cut choose_cut(const Problem<E>& p, bool staged, int64_t threads) {
   const int64_t wanted =
       threads == 1 ? 1 : min(threads, total_rows * p.M * p.N / kWorthATask) / cut.splits;
   // Cutting changes no sum: blocks begin at whole tiles.
+  auto cut_into = [&](int64_t rows, int64_t columns) PX_LAMBDA {
+    cut.height = ceil_div(ceil_div(p.M, rows), MR) * MR;
+    cut.width = ceil_div(ceil_div(p.N, columns), NR) * NR;
+  };
   for (;;) {
-    cut.height = ceil_div(ceil_div(p.M, row_blocks), MR) * MR;
-    cut.width = ceil_div(ceil_div(p.N, column_blocks), NR) * NR;
+    cut_into(row_blocks, column_blocks);
     const bool small_enough = cut.height * cut.width <= largest;
     if (small_enough && row_blocks * column_blocks >= wanted) break;
     const bool can_cut_rows = cut.height > 4 * MR, can_cut_columns = cut.width > NR;
@@ -287,6 +290,12 @@ Cut choose_cut(const Problem<E>& p, bool staged, int64_t threads) {
     } else {
       ++column_blocks;
     }
+  }
+  if (wanted > 1 && wanted == threads) {
+    // As many blocks as threads, or a multiple, so that none waits for the last block.
+    const int64_t even = ceil_div(row_blocks * column_blocks, threads) * threads;
+    const int64_t rows = ceil_div(even, column_blocks);
+    if (p.M >= rows * 4 * MR) cut_into(rows, column_blocks);
   }
   return cut;
 }
