@@ -6,6 +6,7 @@ import pytest
 import torch
 from launching import DEVICE, Launches, interpreted, launcher, pretend
 from opchecks import check_tensor, relaid, wide
+from test_conv import problem
 
 from perexample.ops import OPS
 from perexample.testing import CONV_CASES, EMBEDDING_CASES, NORM_CASES, ConvCase
@@ -140,18 +141,8 @@ def test_embedding_adds_within_an_example_before_and_between_examples_after_squa
 
 
 def conv_arguments(case, dtype):
-    def each(value):
-        return [value] * case.spatial if isinstance(value, int) else list(value)
-
-    kernel, given = each(case.kernel_size), case.arguments
-    stride, padding, dilation = (each(given.get(n, d)) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    out = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(case.size, kernel, stride, padding, dilation, strict=True)
-    ]
-    x = torch.randn(case.batch, case.channels, *case.size).to(dtype)
-    dy = torch.randn(case.batch, case.outputs, *out).to(dtype)
-    return dy, x, kernel, stride, padding, dilation, given.get("groups", 1), given.get("bias", True)
+    dy, x, geometry, bias = problem(case, dtype)
+    return dy, x, *geometry, bias
 
 
 CONVS = [

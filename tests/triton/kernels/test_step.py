@@ -186,6 +186,11 @@ def test_guard_accepts_what_rounding_does_and_flags_a_little_more(dtype, batch):
     assert group.step("triton", batch_size=float(batch), guard_rounds=0).violations.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_guard_leaves_infinite_gradients_to_others(bad):
+    cases.test_guard_leaves_infinite_gradients_to_others("triton", bad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_guard_survives_underflow_and_overflow_of_squares(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
