@@ -134,6 +134,21 @@ LEARNED = {
     "expanded": lambda n, x, q: n.fc(n.ln(q).expand(len(x), -1, -1)).softmax(-1) * n.pre(x),
     "transposed": lambda n, x, q: n.fc(n.fc(q).t() @ q)[: x.shape[1]] + n.pre(x)[:, :3],
     "one row": lambda n, x, q: n.fc(q[0]) * n.pre(x),
+    "row grown to positions": lambda n, x, q: n.pre(x) * n.fc(q[:1].expand(x.shape[1], 3)),
+    "row repeated": lambda n, x, q: n.ln(n.fc(q[:1].repeat(x.shape[1], 1)).tanh()) + x,
+    "scaled positions": lambda n, x, q: n.pre(x) - n.fc(torch.arange(x.shape[1], dtype=x.dtype)[:, None] * q[0]),
+    "places in a plane": lambda n, x, q: n.pre(x) + n.fc(q[None].repeat(x.shape[1], 1, 1)).tanh().sum(1),
+    "columns of a plane": lambda n, x, q: n.pre(x) + n.fc(q[None].repeat(x.shape[1], 1, 1)).permute(0, 2, 1)[:, 1, :],
+    "attended in heads": lambda n, x, q: (
+        n.fc(n.ln(q.expand(len(x), -1, -1))).view(len(x), 3, 3, 1).transpose(1, 2) * n.pre(x)[:, None]
+    ).softmax(-1),
+    "changed in place": lambda n, x, q: n.fc(q.expand(len(x), -1, -1)).add_(n.pre(x)),
+    "cut in parts": lambda n, x, q: n.fc(q.expand(len(x), -1, -1)).chunk(3, -1)[1] * n.pre(x),
+    "residual": lambda n, x, q: (lambda h: h + n.pre(n.ln(h).tanh()))(n.fc(q.expand(len(x), -1, -1))) * n.pre(x),
+    "residual in a plane": lambda n, x, q: (
+        n.pre(x) * (lambda h: h + n.pre(n.ln(h).tanh()))(n.fc(q[None].repeat(x.shape[1], 1, 1))).sum(1)
+    ),
+    "folded": lambda n, x, q: n.fc(q.expand(len(x), -1, -1)).view(-1, 3).view(len(x), -1, 3) * n.pre(x),
     "taken for the batch": lambda n, x, q: n.pre(x)[:, 0] + n.fc(q)[:1],
 }
 
@@ -153,6 +168,19 @@ def test_a_parameter_without_batch_goes_through_layers_also_where_it_is_as_long_
     model = px.convert(Net().double())
     for batch in (3, 1, 2, 4):
         check(model, randn(batch, 3, 3))
+
+
+def test_what_was_changed_in_place_stays_the_batch():
+    def compute(n, x, q):
+        h = n.fc(q.expand(len(x), 3))
+        h.mul_(2)
+        h[:, 0] = 1
+        return h * x.detach()[:, 0] if x.shape[1] == 4 else x + h
+
+    model = px.convert(Own(compute, (1, 3)).double())
+    check(model, randn(3, 4, 3))
+    with pytest.raises(ValueError, match=r"p0: .*another place than the batch's \(it was changed in place\)"):
+        model(randn(3, 3, 3))
 
 
 def test_a_layer_that_has_raised_forgets_the_copies_that_it_was_given():

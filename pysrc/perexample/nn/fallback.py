@@ -181,8 +181,10 @@ def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
     vector = first.dim() == 1 and _by_rows(module)
     if all(value.dim() and value.shape[value.axis] == value.batch for value in found) and not vector:
         # So long by coincidence, perhaps; unless there are others, which have to be of the batch.
-        if len(found) == len(tensors) and any(value._rows is None or value.origin.bare for value in found):
-            module.__dict__["_rows_of"] = first, len(found) == 1 and not first.batch_dim and _by_rows(module)
+        bare = any(value._rows is None or value.origin.bare for value in found)
+        known = len(found) == 1 and not first.batch_dim and _by_rows(module)
+        if len(found) == len(tensors) and (bare or known):
+            module.__dict__["_rows_of"] = first, first.origin._replace(bare=bare, grown=not bare), known
         return tree_map_only(PerExample, batched, (args, kwargs))
     if len(found) > 1 or not first.dim() or first.batch_dim:
         return tree_map_only(PerExample, batched, (args, kwargs))  # raises
@@ -216,7 +218,7 @@ def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if lone:
         return output.squeeze(0)
     if rows_of is not None and isinstance(output, Tensor):
-        first, known = rows_of
+        first, origin, known = rows_of
 
         def make() -> Tensor:
             if not known:
@@ -224,7 +226,7 @@ def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             made: Tensor = module(first.copies)
             return made
 
-        return PerExample(None, first.origin._replace(bare=True), rows=output, make=make)
+        return PerExample(None, origin, rows=output, make=make)
     if found is None:
         return None
     first, single = found

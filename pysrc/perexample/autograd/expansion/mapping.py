@@ -22,6 +22,11 @@ class Mapping:
     ) -> None:
         self.func, self.name, self.args, self.kwargs, self.first = func, name, args, kwargs, first
         self.batch, self.batch_dim = first.batch, first.batch_dim
+        origins = [v.origin for v in tree_flatten((args, kwargs))[0] if isinstance(v, PerExample)]
+        self.origin = first.origin
+        if len(origins) > 1:  # as open a question as any of them
+            bare, grown = any(origin.bare for origin in origins), all(origin.grown for origin in origins)
+            self.origin = first.origin._replace(bare=bare, grown=grown)
 
     def refuse(self, why: str = "") -> NoReturn:
         refuse(self.first, f"'{self.name}'", why)
@@ -33,17 +38,28 @@ class Mapping:
         if self.name in ("expand", "broadcast_to", "repeat", "tile"):
             grown = self.grown()
             if grown is not None:
-                return PerExample(None, first.origin, rows=grown, make=self.map_later())
-        elif rows is not None and sum(isinstance(value, PerExample) for value in flat) == 1:
-            args, kwargs = self.replaced({id(first): rows})
-            if self.name in names.KEEPS_ROWS or (self.name in names.ELEMENTWISE and self.narrow(flat, rows)):
-                result = self.func(*args, **kwargs)
-                return PerExample(None, first.origin, rows=result, make=self.map_later())
-            if self.name in names.RESHAPES and not self.batch_dim:
-                result = self.func(*args, **kwargs)
-                if result.dim() and result.shape[0] == self.batch:
-                    return PerExample(None, first.origin, rows=result, make=self.map_later())
+                return PerExample(None, self.origin, rows=grown, make=self.map_later())
+        elif rows is not None and self.row_by_row(flat, rows):
+            args, kwargs = self.replaced({id(value): value._rows for value in flat if isinstance(value, PerExample)})
+            result = self.func(*args, **kwargs)
+            if self.name not in names.RESHAPES or result.shape[:1] == rows.shape[:1]:
+                return PerExample(None, self.origin, rows=result, make=self.map_later())
         return self.mapped()
+
+    def row_by_row(self, flat: list[Any], rows: Tensor) -> bool:
+        """Whether the function may treat the `rows` of its arguments apart (if it reshapes, its result has to tell)."""
+        found = [value for value in flat if isinstance(value, PerExample)]
+        if self.name in names.ELEMENTWISE:
+            same = all(value._rows is not None and value.dim() == rows.dim() for value in found)
+            return same and self.narrow(flat, rows)
+        if len(found) > 1:
+            return False
+        if self.name in names.KEEPS_ROWS:
+            return True
+        if self.batch_dim:
+            return False
+        own = bool(self.args) and self.args[0] is self.first
+        return self.name in names.RESHAPES or (own and names.keeps_rows(self.name, self.args, self.kwargs))
 
     def grown(self) -> Tensor | None:
         """The rows of ``p.expand(B, ...)`` and ``p.repeat(B, ...)``. None where no dimension becomes the batch."""
@@ -95,7 +111,7 @@ class Mapping:
         where = [i for i, value in enumerate(flat) if isinstance(value, PerExample)]
         one = self.with_parts(where, flat, spec)
         copies = self.over_examples(one, [flat[i].copies for i in where])
-        return tree_map_only(Tensor, lambda part: PerExample(part, self.first.origin), copies)
+        return tree_map_only(Tensor, lambda part: PerExample(part, self.origin), copies)
 
     def with_parts(self, where: list[int], flat: list[Any], spec: Any) -> Callable[..., Any]:
         """The function of what stands at the places `where` among the arguments."""

@@ -45,7 +45,7 @@ class Meeting(Mapping):
         """`result`, whose rows are the batch; or if only its shape says so, a `PerExample` that has such rows."""
         if decided:
             return result
-        return PerExample(None, self.first.origin, rows=result, make=self.map_later())
+        return PerExample(None, self.origin, rows=result, make=self.map_later())
 
     def layer(self, carriers: list[Tensor]) -> Any:
         name = self.name

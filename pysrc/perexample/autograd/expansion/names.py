@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Names of torch functions and methods; underscores around them, and the r and i of operators, are taken off before.
@@ -61,6 +61,8 @@ KEEPS_ROWS = frozenset(  # of functions of one tensor: those that work on elemen
     "to float double half bfloat16 type type_as contiguous clone neg negative exp log sqrt rsqrt square abs sin cos "
     "tanh sigmoid relu gelu silu elu selu mish softplus leaky_relu reciprocal erf".split()
 )
+SWAPS = frozenset("transpose swapaxes swapdims movedim moveaxis".split())
+ALONG = frozenset("softmax log_softmax sum mean amax amin logsumexp cumsum".split())  # a dimension, or some
 RESHAPES = frozenset("view reshape flatten unflatten".split())
 NATIVE = frozenset("__len__ __hash__ register_hook size stride dim ndimension numel nelement".split())
 
@@ -75,6 +77,25 @@ def name_of(func: Callable[..., Any]) -> str:
     if name.startswith("__") and bare[:1] in ("r", "i") and bare[1:] in ELEMENTWISE | {"matmul"}:
         return bare[1:]
     return bare
+
+
+def keeps_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of one tensor, ``args[0]``, leaves its first dimension alone; by what it is told."""
+    dims, rest = args[0].dim(), list(args[1:])
+    if name == "getitem":
+        first = rest[0][0] if isinstance(rest[0], tuple) and rest[0] else None
+        plain = isinstance(rest[0], tuple) and all(isinstance(part, (int, slice)) for part in rest[0])
+        return plain and isinstance(first, slice) and first == slice(None)
+    given = rest or [kwargs.get("dim", kwargs.get("dims"))]
+    if name == "permute":
+        order = given[0] if isinstance(given[0], (tuple, list)) else given
+        return isinstance(order[0], int) and order[0] % dims == 0
+    if name in SWAPS:
+        return len(given) == 2 and all(isinstance(dim, int) and dim % dims for dim in given)
+    if name in ALONG:
+        along = given[0] if isinstance(given[0], (tuple, list)) else given[:1]
+        return bool(along) and all(isinstance(dim, int) and dim % dims for dim in along)
+    return False
 
 
 def in_place(func: Callable[..., Any]) -> bool:

@@ -22,6 +22,7 @@ class Origin(NamedTuple):
     batch_dim: int
     input: PassInput | None = None
     bare: bool = False  # whether a layer has seen them as long as the batch, perhaps by coincidence
+    grown: bool = False  # likewise where they had grown so long (``p.expand(n, ...)``), most likely to the batch
 
 
 def appearance(p: Tensor, leaf: Tensor, call: Call | None, batch: int, origin: Origin) -> Tensor:
@@ -96,6 +97,16 @@ class PerExample(torch.Tensor):
             assert self._make is not None
             self._copies, self._make = self._make(), None
         return self._copies
+
+    def settle(self) -> Tensor:
+        """The rows, which are the batch's from now on: they are about to be changed in place."""
+        assert self._rows is not None
+
+        def make() -> NoReturn:
+            refuse(self, "another place than the batch's", "it was changed in place")
+
+        self._copies, self._make = None, make
+        return self._rows
 
     def rows(self, axis: int) -> Tensor:
         """Row b of copy b, where dimension `axis` is as long as the batch: a plain tensor with that batch."""
