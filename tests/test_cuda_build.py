@@ -118,14 +118,7 @@ KERNELS = {
 INSTANCES = {
     "linear": {"mma_moments": 24, "simple_moments": 1, "add_slots": 3, "add_bias_slots": 2},
     "linear_wgmma": {"wgmma_moments": 12, "add_slots": 2, "add_bias_slots": 2},
-    "conv": {
-        "mma_moments": 9,
-        "simple_moments": 1,
-        "add_slots": 2,
-        "add_bias_slots": 2,
-        "few_channels": 4,
-        "reorder": 2,
-    },
+    "conv": {"mma_moments": 9, "simple_moments": 1, "add_slots": 2, "few_channels": 4, "reorder": 2},
     "reduce": {"column_moments": 16, "add_columns": 6},
     "norm": {"layer_norm": 4, "group_norm": 4},
     "embedding": {"embedding_chunks": 4, "embedding_join": 2},

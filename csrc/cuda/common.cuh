@@ -285,11 +285,13 @@ void launch_add_slots(const void* workspace, const Plan& plan, const Matrix& out
   int64_t ctas = cut * ceil_div(slot_vectors<Layout>() / 2, kAddThreads);
   launch(add_slots<Layout, X>, {ctas, kAddThreads}, device.stream,
          static_cast<const float4*>(workspace), plan, out, x);
-  if (bias.sum == nullptr) return;
-  const float* slots =
-      static_cast<const float*>(workspace) + plan.slots() * slot_vectors<Layout>() * 4;
-  launch(add_bias_slots<Layout::kRows>, {cut, Layout::kRows}, device.stream, slots, plan,
-         out.outputs, bias);
+  if constexpr (std::is_same_v<X, Strided>) {
+    if (bias.sum == nullptr) return;
+    const float* slots =
+        static_cast<const float*>(workspace) + plan.slots() * slot_vectors<Layout>() * 4;
+    launch(add_bias_slots<Layout::kRows>, {cut, Layout::kRows}, device.stream, slots, plan,
+           out.outputs, bias);
+  }
 }
 
 }  // namespace perexample::cuda

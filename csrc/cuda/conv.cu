@@ -196,15 +196,13 @@ void conv_moments(const Conv& a, const Device& device) {
   x.columns = out.inputs, x.channels = Divisor(channels);
   x.taps = static_cast<int32_t>(taps);
   x.along_positions = a.x_stride[1] != 1;
-  bool bias_added = false;
   if (a.groups > 1 && out.inputs < kFewColumns && out.outputs <= 8) {
     with_type(a.dtype,
               [&](auto type) { launch_few_channels<decltype(type)>(a, dy, x, positions, device); });
   } else {
-    bias_added = launch_portable(dy, x, a.dtype, false, a.groups, a.B, positions, out,
-                                 Moments{a.db, a.db_sq, a.grad_dtype}, device);
+    launch_portable(dy, x, a.dtype, false, a.groups, a.B, positions, out, {}, device);
   }
-  if (a.db != nullptr && !bias_added) bias_moments(bias, device);
+  if (a.db != nullptr) bias_moments(bias, device);
 }
 
 }  // namespace perexample::cuda

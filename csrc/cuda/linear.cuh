@@ -42,7 +42,8 @@ void launch_product(const Strided& dy, const X& x, int64_t groups, int64_t batch
 // the positions. Not so with few: over pairs of positions an example would take 4 T (T + 1) / 2
 // products, which cost more than what they save from T = 3 on, and at T = 2 leave noise of either
 // sign where an example's positions cancel (docs/cuda.md).
-// `bias`, of all groups' rows, or null, is added in the same pass, but for float64: false then.
+// `bias`, null where not wanted or x is not Strided, is added in the same pass, but for float64:
+// false then.
 template <class X>
 bool launch_portable(Strided dy, X x, DType dtype, bool tf32, int64_t groups, int64_t batch,
                      int64_t positions, const Matrix& out, const Moments& bias,

@@ -327,7 +327,7 @@ struct BiasSums {
   PX_DEVICE void add(uint32_t dy, bool ends) const {
     const int column = static_cast<int>(threadIdx.x);
     float G[4] = {}, s = 0;
-#pragma unroll
+#pragma unroll 8
     for (int k = 0; k < Tile::kBlock; ++k) {
       float x;
       if constexpr (Tile::kHalf) {
@@ -385,7 +385,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     acc.clear();
     const BiasSums<Tile> bias_sums(base + Tile::kStages * Tile::kStageBytes);
-    const bool adds_bias = bias.sum != nullptr && j.column == 0 && bias_sums.mine();
+    // Of a convolution with its many columns the bias is little work, for much to compile.
+    constexpr bool kBias = std::is_same_v<X, Strided>;
+    const bool adds_bias = kBias && bias.sum != nullptr && j.column == 0 && bias_sums.mine();
     if (adds_bias) bias_sums.clear();
     __syncthreads();  // the stages of the job before have been read
 #pragma unroll 1
@@ -447,7 +449,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 // `batch` examples of `positions`; with kSquares one example, whose positions are the batch.
-// `bias`: of all groups' rows; null where not wanted.
+// `bias`: null where not wanted, or x is not Strided.
 template <class Tile, class X>
 void launch_mma(const Strided& dy, const X& x, int64_t groups, int64_t batch, int64_t positions,
                 const Matrix& out, const Moments& bias, const Device& device) {
