@@ -12,7 +12,7 @@ torch function that it meets is replaced by the one that gives each example its 
 Both are exact by construction, because each function in the tables below treats the rows of its batch apart. Any
 other function is refused by name. A tensor without gradient may be the batch or a constant that happens to have as
 many rows; so the result stays a `PerExample` until it meets a gradient, and only then its rows are taken. A layer takes
-the rows and returns a `PerExample` again, which computes what the layer makes of the copies only where that is asked for.
+the rows and returns a `PerExample` again, which computes what it makes of the copies only where that is asked for.
 """
 
 from __future__ import annotations
