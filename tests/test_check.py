@@ -128,6 +128,12 @@ class TestExactModels:
         model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)), nn.BatchNorm1d(5).eval())
         passes(px.convert(model.double()), lambda m: summed(m(randn(4, 5))))
 
+    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    def test_weights_that_are_computed_in_forward(self):
+        model = px.convert(nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 5)), nn.Tanh()).double())
+        summed(model(randn(4, 5))).backward()
+        passes(model, lambda m: summed(m(randn(4, 5))))
+
     def test_dropout_is_left_out(self):
         model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.TransformerEncoderLayer(6, 2, 7, batch_first=True))
         passes(px.convert(model.double()), lambda m: summed(m(randn(3, 4, 6))))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from models import randn, weighted_sum
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import perexample as px
 from perexample.testing import assert_moments, oracle
@@ -152,6 +152,11 @@ class TestTheBatch:
         assert looked == 4  # it was not clear
 
 
+class Dispatches(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class TestNobodyNotices:
     def test_random_numbers_and_state(self, monkeypatch):
         def body(m, x):
@@ -200,9 +205,12 @@ class TestNobodyNotices:
         model(X)
         assert len(seen) == len(FORWARDS) == 1
         handle.remove()
-        with FlopCounterMode(display=False):
-            model(X)
-        assert len(FORWARDS) == 2
+        for i, mode in enumerate((Dispatches(), torch.device("cpu"))):
+            model._examples.unclear = 0
+            with mode:
+                model(X)
+            assert len(FORWARDS) == 2 + i
+        FORWARDS.pop()
         for _ in range(2):  # one more, and the pass after it
             with contextlib.suppress(ValueError):
                 model(X)
@@ -220,6 +228,16 @@ class TestNobodyNotices:
         locked.lock = threading.Lock()  # cannot be copied
         locked(X)
         assert len(FORWARDS) == 3
+
+    def test_results_that_forward_keeps_do_no_harm(self):
+        def body(m, x):
+            m.kept = {"h": [m.first(x)]}
+            return MOVED["changed"](m, x)
+
+        model = convert(body)
+        with pytest.raises(ValueError, match="another example"):
+            model(X)
+        assert model.kept["h"][0].grad_fn is not None
 
     def test_batches_that_interact_get_no_verdict(self):
         convert(lambda m, x: m.second((x - x.mean()).transpose(0, 1).contiguous()))(X)

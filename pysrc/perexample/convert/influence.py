@@ -26,7 +26,7 @@ from ..moments.layout import PassInput, Seen
 from ..moments.places import may_reorder
 from ..nn.fallback import Fallback
 
-__all__ = ["cuda_devices", "refuse_moved_batch", "refuse_other_orders"]
+__all__ = ["copy_of", "cuda_devices", "refuse_moved_batch", "refuse_other_orders"]
 
 
 def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: PassInput) -> None:
@@ -165,6 +165,16 @@ def _restored(module: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def copy_of(module: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with other objects `instead` of some, by their id; results that forward left in it as values."""
+    memo = dict(instead or {})
+    for part in module.modules():
+        for value in pytree.tree_leaves(list(vars(part).values())):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
 def cuda_devices(module: nn.Module) -> list[int]:
     """The numbers of the CUDA devices that `module` has parameters on."""
     return sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
@@ -227,8 +237,8 @@ class _Trials:
         Turned around along its first dimension a row has the same length and the same sum, by which models sort.
         """
         # The parameters are shared, what else there is in the model is the copy's own.
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
-        module = copy.deepcopy(self.module, memo)
+        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        module = copy_of(self.module, shared)
         examples: ExampleCount = module._examples  # type: ignore[assignment]
         seen: list[Seen] = []
         examples.watched = self.known.unclear, seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from ..convert.influence import cuda_devices
+from ..convert.influence import copy_of, cuda_devices
 from ..convert.passes import batch_of
 from ..moments import accumulate_dtype, no_moments
 
@@ -67,7 +66,7 @@ def check(
         raise TypeError(f"px.check: model must be converted (px.convert), got {type(model).__name__}")
     if not model.training:
         raise ValueError("px.check: the model is in eval mode, which makes no second moments; call model.train()")
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     model.zero_grad()
     if dtype is not None:
         model.to(dtype)
