@@ -88,9 +88,13 @@ def test_bags_compile_in_one_graph_whatever_their_lengths(variant):
 def test_the_op_of_bags():
     dy, indices, offsets = randn(4, 3), torch.randint(6, (9,)), torch.tensor([0, 3, 3, 8])
     sizes = torch.tensor([3, 0, 5, 1])
+    op = torch.ops.perexample.bag_moments
     for factors, divisors, padding in ((None, None, -1), (randn(9), None, 2), (None, sizes, 1), (None, sizes, -1)):
-        arguments = dy, factors, indices, offsets, divisors, 6, padding, torch.float32
-        torch.library.opcheck(torch.ops.perexample.bag_moments, arguments)
+        arguments = dy, factors, indices, offsets, divisors, 6, padding, None, torch.float32
+        torch.library.opcheck(op, arguments)
+    alike = dy[:3], randn(9), indices, torch.tensor([0, 3, 6]), None, 6, 2
+    torch.library.opcheck(op, (*alike, 3, torch.float32))
+    torch.testing.assert_close(op(*alike, 3, torch.float32), op(*alike, None, torch.float32), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq", "sparse"])

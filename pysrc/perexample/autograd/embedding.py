@@ -72,9 +72,10 @@ class _EmbeddingBag(Function):
         offsets: Tensor,
         mode: str,
         padding_idx: int | None,
+        length: int | None,
     ) -> Tensor:
         ctx.call = call_of(uses, "other")
-        ctx.mode, ctx.padding_idx = mode, -1 if padding_idx is None else padding_idx
+        ctx.mode, ctx.padding_idx, ctx.length = mode, -1 if padding_idx is None else padding_idx, length
         y, _, sizes, largest = torch.embedding_bag(
             weight, indices, offsets, False, _MODES.index(mode), False, factors, False, padding_idx
         )
@@ -117,6 +118,7 @@ class _EmbeddingBag(Function):
                 sizes if ctx.mode == "mean" else None,
                 weight.shape[0],
                 ctx.padding_idx,
+                ctx.length,
             )
             dw, dw_sq = ops.bag_moments(*bags, weight.dtype)
             shared = None if ctx.call is None else ctx.call.shared(0)
@@ -125,7 +127,7 @@ class _EmbeddingBag(Function):
                 nothing = table == filler
                 positions, table = positions.masked_fill(nothing[..., None], 0), table.masked_fill(nothing, 0)
                 dw_sq = shared.add_rows(None, positions, table, -1, dw_sq)
-        return dw, dfactors, dw_sq, one_use(dy, want_uses), None, None, None, None
+        return dw, dfactors, dw_sq, one_use(dy, want_uses), None, None, None, None, None
 
 
 _MODES = ("sum", "mean", "max")
@@ -140,6 +142,7 @@ def embedding_bag(
     offsets: Tensor,
     mode: str,
     padding_idx: int | None,
+    length: int | None = None,
 ) -> Tensor:
     """``F.embedding_bag`` with second moments; each bag is an example.
 
@@ -151,5 +154,6 @@ def embedding_bag(
         offsets: (B,)  where each bag begins.
         mode: "sum", "mean" or "max".
         padding_idx: an index that counts for nothing, or None.
+        length: of all bags; None where they differ, or to look.
     """
-    return _EmbeddingBag.apply(weight, factors, weight_leaf, uses, indices, offsets, mode, padding_idx)
+    return _EmbeddingBag.apply(weight, factors, weight_leaf, uses, indices, offsets, mode, padding_idx, length)

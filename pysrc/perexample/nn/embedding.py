@@ -158,7 +158,9 @@ class EmbeddingBag(MomentModule, nn.EmbeddingBag):
             if per_sample_weights.shape != input.shape or self.mode != "sum":
                 return super().forward(input, offsets, per_sample_weights)  # raises
             per_sample_weights = per_sample_weights.reshape(-1)
+        length = None
         if input.dim() == 2 and offsets is None:
+            length = input.shape[1]
             offsets = torch.arange(bags, dtype=input.dtype, device=input.device) * input.shape[1]
             input = input.reshape(-1)
         elif input.dim() == 1 and offsets is not None and offsets.dim() == 1:
@@ -167,5 +169,5 @@ class EmbeddingBag(MomentModule, nn.EmbeddingBag):
             return super().forward(input, offsets, per_sample_weights)  # raises
         leaves = self._leaves("weight")
         return autograd.embedding_bag(
-            self.weight, per_sample_weights, *leaves, input, offsets, self.mode, self.padding_idx
+            self.weight, per_sample_weights, *leaves, input, offsets, self.mode, self.padding_idx, length
         )

@@ -91,6 +91,7 @@ def bag_positions(
     sizes: Tensor | None,
     num_embeddings: int,
     padding_idx: int,
+    length: int | None,
 ) -> tuple[Tensor, Tensor, int]:
     """The bags as examples of one length, filled up with an index that counts for nothing.
 
@@ -98,13 +99,16 @@ def bag_positions(
     `num_embeddings`, or -1 for none.
     """
     batch, width = dy.shape
-    lengths = bag_lengths(indices, offsets)
-    filler = padding_idx if padding_idx >= 0 else num_embeddings
-    longest = int(lengths.max()) if batch else 0
-    if batch * longest == indices.numel():  # all of one length
+    lengths = None
+    longest = length
+    if longest is None:
+        lengths = bag_lengths(indices, offsets)
+        longest = int(lengths.max()) if batch else 0
+    if lengths is None or batch * longest == indices.numel():  # all of one length
         table, at = indices.view(batch, longest), None
         filler = padding_idx  # nothing to fill
     else:
+        filler = padding_idx if padding_idx >= 0 else num_embeddings
         place = torch.arange(longest, device=dy.device)
         at = (offsets.unsqueeze(1) + place).clamp(max=indices.numel() - 1)
         inside = place < lengths.unsqueeze(1)
@@ -126,14 +130,18 @@ def _bag_reference(
     sizes: Tensor | None,
     num_embeddings: int,
     padding_idx: int,
+    length: int | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Moments of the table of bags of sums (or means): dy (B, D), offsets (B,), indices (N,) and their factors (N,).
 
-    `sizes` (B,), where the bags are means, is what each divides by. Inside of an op because the longest bag, which
+    `sizes` (B,), where the bags are means, is what each divides by; `length` is that of all bags, None where they
+    differ or it is not known. Inside of an op because the longest bag, which
     tells the shapes, is data: torch.compile could not trace it.
     """
-    positions, table, filler = bag_positions(dy, factors, indices, offsets, sizes, num_embeddings, padding_idx)
+    positions, table, filler = bag_positions(
+        dy, factors, indices, offsets, sizes, num_embeddings, padding_idx, length
+    )
     # One row more for the filler, where no index of the table is free for it.
     dw, dw_sq = _op(positions, table, max(num_embeddings, filler + 1), filler, dtype)
     return dw[:num_embeddings], dw_sq[:num_embeddings]
@@ -147,6 +155,7 @@ def _bag_fake(
     sizes: Tensor | None,
     num_embeddings: int,
     padding_idx: int,
+    length: int | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return empty_moments((num_embeddings, dy.shape[1]), dy, dtype)
@@ -154,7 +163,7 @@ def _bag_fake(
 
 register(
     "bag_moments(Tensor dy, Tensor? factors, Tensor indices, Tensor offsets, Tensor? sizes, SymInt num_embeddings,"
-    " int padding_idx, ScalarType dtype) -> (Tensor dw, Tensor dw_sq)",
+    " int padding_idx, SymInt? length, ScalarType dtype) -> (Tensor dw, Tensor dw_sq)",
     _bag_reference,
     _bag_fake,
     composed=True,
