@@ -139,9 +139,7 @@ def _bag_reference(
     differ or it is not known. Inside of an op because the longest bag, which
     tells the shapes, is data: torch.compile could not trace it.
     """
-    positions, table, filler = bag_positions(
-        dy, factors, indices, offsets, sizes, num_embeddings, padding_idx, length
-    )
+    positions, table, filler = bag_positions(dy, factors, indices, offsets, sizes, num_embeddings, padding_idx, length)
     # One row more for the filler, where no index of the table is free for it.
     dw, dw_sq = _op(positions, table, max(num_embeddings, filler + 1), filler, dtype)
     return dw[:num_embeddings], dw_sq[:num_embeddings]
