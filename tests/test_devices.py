@@ -187,6 +187,20 @@ def test_step(device, kind, found_inf):
 # ---- What only a GPU can show --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("which", range(7))
+def test_a_step_on_two_devices_is_refused(gpu, which):
+    arguments = moved(step_arguments(), gpu)
+    (arguments[which],) = moved([arguments[which]], "cpu")
+    scalars = {name: torch.tensor(1.0, device=gpu) for name in ("batch_size", "lr")}
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        ops.optimizer_step_(*arguments, **scalars, n_g=20.0, n_s=100.0, eps=1e-3, guard_rounds=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_rows_that_fill_the_shared_memory(gpu, dtype):
+    check_layer(gpu, nn.LayerNorm(6144).to(dtype), torch.randn(3, 5, 6144).to(dtype), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(32, 128, 768, 768), (2, 4096, 128, 256), (512, 1, 256, 256)], ids=str)
 def test_the_same_bits_in_twenty_runs(gpu, dtype, shape):
