@@ -197,3 +197,12 @@ class TestErrors:
         with pytest.raises(RuntimeError) as raised:
             px.check(model, lambda m: summed(m(torch.ones(SAME, SAME))))
         assert "one example at a time" in raised.value.__notes__[0]
+
+
+def test_a_forward_that_holds_on_to_the_model_is_refused():
+    model = px.convert(Model(lambda first, second, x: second(first(x))).double())
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)  # of a copy it is still that of the model
+    with pytest.raises(ValueError, match=r"px.check: the loss depends on layers\.0\.weight of the model itself"):
+        px.check(model, lambda m: summed(m(INPUTS[0])))
+    assert all(p.grad is None for p in model.parameters())

@@ -517,6 +517,26 @@ def test_a_lookalike_in_eval_mode_alone_gets_no_kernel():
         assert model[0].training is training
 
 
+class PlainNorm(RootNorm):
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+PlainNorm.__name__ = "PlainRMSNorm"
+
+
+def test_a_lookalike_converted_by_itself_gets_its_kernel_and_its_hooks_see_no_probe():
+    model, seen = PlainNorm().double(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    model.register_forward_hook(lambda *_: seen.append(2))
+    for _ in range(2):  # before and after
+        assert px.convert(model, dry_run=True)[0].how == "kernel"
+        px.convert(model)
+    assert not seen
+    check(model, randn(4, 3))
+    assert seen[:2] == [1, 2]
+
+
 class TimesInput(nn.Module):
     """A parameter of the fallback, and a first input that need not have the batch."""
 

@@ -229,6 +229,22 @@ class TestNobodyNotices:
         locked(X)
         assert len(FORWARDS) == 3
 
+    @pytest.mark.parametrize("data", [False, True])
+    @pytest.mark.parametrize("what", ["parameter", "buffer"])
+    def test_what_forward_writes_to_the_model_itself_is_written_once(self, what, data):
+        def body(m, x):
+            target = m.first.bias if what == "parameter" else model.calls  # shared with copies; reached by a closure
+            with torch.no_grad():
+                torch._foreach_add_([target.data if data else target], 1)
+            return m.second(2 * x)
+
+        model = convert(body)
+        target = model.first.bias if what == "parameter" else model.calls
+        expected = 1 + target.detach() + (what == "buffer")
+        model(X).sum().backward()
+        assert len(FORWARDS) == 2  # the repetition ended where it would have written
+        assert torch.equal(target, expected)
+
     def test_results_that_forward_keeps_do_no_harm(self):
         def body(m, x):
             m.kept = {"h": [m.first(x)]}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _global
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..moments import ExampleCount, MomentModule, Uses
 from ..moments.layout import PassInput, Seen
@@ -32,8 +33,8 @@ __all__ = ["copy_of", "cuda_devices", "refuse_moved_batch", "refuse_other_orders
 def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: PassInput) -> None:
     """Raise where one of the layers in `known.unclear` has seen another dimension in the place of the batch.
 
-    Nothing of `module`, its inputs or the random numbers changes. Where something might (hooks, other processes), or
-    where forward cannot be repeated on a copy, no verdict is made.
+    Nothing of `module`, its inputs or the random numbers changes. Where something might (hooks, other processes, a
+    forward that writes to parameters), or where forward cannot be repeated on a copy, no verdict is made.
     """
     if known.tensor.shape[known.axis] < 2 or not _repeatable(module, known.tensor):
         return
@@ -187,6 +188,26 @@ class _Trial(NamedTuple):
     outputs: list[Tensor]
 
 
+class _ReadOnly(TorchDispatchMode):
+    """Raise before anything is written to parameters and buffers of `module` itself, which a copy may reach."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        tensors = (t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided and t.numel())
+        self.storages = {t.untyped_storage().data_ptr() for t in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = {**kwargs, **{a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}}
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for value in pytree.tree_leaves(given.get(argument.name)):
+                        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self.storages:
+                            raise RuntimeError(f"{func} writes to the model")
+        return func(*args, **kwargs)
+
+
 class _Trials:
     """Repetitions of one forward pass, with other examples."""
 
@@ -252,7 +273,8 @@ class _Trials:
             copies[id(tensor)].movedim(self.known.axis, 0)[row] = new
         args, kwargs = pytree.tree_unflatten([copies[id(value)] for value in self.flat], self.spec)
         # The exact fallback looks at what its parameters meet only where there are gradients.
-        with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(any(self.known.unclear.values())):
+        grad = any(self.known.unclear.values())
+        with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(grad), _ReadOnly(self.module):
             outputs = pytree.tree_leaves(module(*args, **kwargs))
         return _Trial(seen, [output.detach() for output in outputs if isinstance(output, Tensor)])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -144,11 +146,12 @@ def _computes(module: nn.Module, width: int, formula: Callable[..., Tensor]) -> 
     }
     x = torch.randn(2, 3, width, generator=generator).to(next(iter(parameters.values())).device)
     x[:, 0] *= 1e-3
-    training = module.training
     try:
-        for module.training in (True, False):  # it may have a dropout
+        probed = copy.copy(module)  # hooks are to see nothing of this
+        probed.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+        for probed.training in (True, False):  # it may have a dropout
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                found = torch.func.functional_call(module, parameters, (x,))
+                found = torch.func.functional_call(probed, parameters, (x,))
                 expected = formula(x, **parameters)
             if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
                 return False
@@ -157,6 +160,4 @@ def _computes(module: nn.Module, width: int, formula: Callable[..., Tensor]) -> 
                 return False
     except Exception:  # whatever it is, it is not that
         return False
-    finally:
-        module.training = training
     return True

@@ -66,13 +66,14 @@ def check(
         raise TypeError(f"px.check: model must be converted (px.convert), got {type(model).__name__}")
     if not model.training:
         raise ValueError("px.check: the model is in eval mode, which makes no second moments; call model.train()")
+    originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model = copy_of(model)
     model.zero_grad()
     if dtype is not None:
         model.to(dtype)
     for module in model.modules():
         _without_dropout(module)
-    loop = _Loop(model, loss, reduction, dtype)
+    loop = _Loop(model, loss, reduction, dtype, originals)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(cuda_devices(model)):
         try:
@@ -129,6 +130,7 @@ class _Loop:
     loss: Callable[[nn.Module], Tensor]
     reduction: str
     dtype: torch.dtype | None
+    originals: dict[str, nn.Parameter]  # of the model that `model` is a copy of
     batches: list[int] = field(default_factory=list)  # of the calls in one pass
     call: int = 0  # of the pass under way
     inside: bool = False  # of a call
@@ -173,7 +175,20 @@ class _Loop:
             loss = self.loss(self.model)
             if not loss.requires_grad:
                 return {}
+            if chosen is None and self.batches:
+                self.refuse_originals(loss)
             return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+
+    def refuse_originals(self, loss: Tensor) -> None:
+        """Raise where the loss comes from the original model, of which nothing would be checked."""
+        grads = torch.autograd.grad(loss, list(self.originals.values()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(self.originals, grads, strict=True):
+            if grad is not None:
+                raise ValueError(
+                    f"px.check: the loss depends on {name} of the model itself, not of the copy that is checked: the "
+                    f"function, or a function that the model keeps (a closure, a replaced forward), holds on to the "
+                    f"model; use the argument of the one, and self in the other"
+                )
 
     def restore(self) -> None:
         _set(self.buffers)
