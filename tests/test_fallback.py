@@ -183,6 +183,98 @@ def test_what_was_changed_in_place_stays_the_batch():
         model(randn(3, 3, 3))
 
 
+class Fixed(nn.Module):
+    """Layers that have one place for the batch; x comes out of a layer, and `q` is a parameter."""
+
+    def __init__(self, compute, *shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.compute, self.q = compute, nn.Parameter(torch.randn(shape))
+        self.pre, self.conv, self.norm = nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.GroupNorm(2, 4)
+        self.mha, self.flat = nn.MultiheadAttention(4, 2, batch_first=True), nn.MultiheadAttention(4, 2)
+        self.encode = nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)
+        self.rnn, self.cell = nn.GRU(4, 4, 2, batch_first=True), nn.LSTMCell(4, 4)
+        self.pair, self.act = nn.Bilinear(4, 4, 4), nn.PReLU(4)
+
+    def forward(self, x):
+        return self.compute(self, self.pre(x), self.q)
+
+
+ONE_PLACE = {
+    "conv": lambda n, h: n.conv(h),
+    "group norm": lambda n, h: n.norm(h),
+    "attention": lambda n, h: n.mha(h, h, h)[0],
+    "attention under a mask": lambda n, h: n.mha(h, h, h, attn_mask=torch.zeros(4, 4, dtype=h.dtype))[0],
+    "attention's weights": lambda n, h: n.mha(h, h, h)[1],
+    "encoder": lambda n, h: n.encode(h),
+    "recurrent": lambda n, h: n.rnn(h)[0],
+    "its state": lambda n, h: n.rnn(h)[1].transpose(0, 1),
+    "cell": lambda n, h: n.cell(h[:, 0])[0][:, None],
+    "its other state": lambda n, h: n.cell(h[:, 0])[1][:, None],
+    "bilinear": lambda n, h: n.pair(h, h),
+    "bilinear with data": lambda n, h: n.pair(h, torch.ones_like(h)),
+    "prelu": lambda n, h: n.act(h),
+}
+SETS = {  # of three, whatever the batch
+    "bare": ((3, 4, 4), lambda q: q),
+    "expanded": ((1, 4, 4), lambda q: q.expand(3, -1, -1)),
+    "repeated": ((4, 4), lambda q: q[None].repeat(3, 1, 1)),
+    "scaled": ((1, 4, 4), lambda q: q * torch.arange(1.0, 4.0, dtype=q.dtype)[:, None, None]),
+}
+MIXED = {
+    "mean": lambda x, o: x * o.mean(0).mean(),
+    "one": lambda x, o: x * o[1].mean(),
+    "folded": lambda x, o: x * o.flatten(0, 1).sum(0).mean(),
+    "changed in place": lambda x, o: x * F.relu(o, inplace=True).mul_(2).mean(0).mean(),
+    "changed in place before": lambda x, o: (o.mul_(2), x * o.mean(0).mean())[1],
+}
+
+
+@pytest.mark.parametrize("layer", ONE_PLACE)
+@pytest.mark.parametrize("which", SETS)
+def test_a_set_of_parameters_that_is_as_long_as_the_batch_is_not_taken_for_it(layer, which):
+    shape, make = SETS[which]
+    for mix in MIXED.values():
+        model = px.convert(Fixed(lambda n, x, q, mix=mix: mix(x, ONE_PLACE[layer](n, make(q))), *shape).double())
+        with pytest.raises(ValueError, match=r"^Fixed\.q: no way is known to give each example its own copy"):
+            model(randn(3, 4, 4))
+
+
+@pytest.mark.parametrize("layer", ["conv", "group norm", "attention", "encoder", "recurrent", "bilinear", "prelu"])
+def test_a_parameter_expanded_to_the_batch_goes_through_layers_with_one_place_for_it(layer):
+    def compute(n, x, q):
+        return F.leaky_relu(ONE_PLACE[layer](n, q.expand(len(x), -1, -1)), inplace=True) * x
+
+    model = px.convert(Fixed(compute, 1, 4, 4).double())
+    for batch in (4, 3, 1):
+        check(model, randn(batch, 4, 4))
+
+
+STANDS = {  # where the batch is not the first dimension of the parameter
+    "memory": (lambda n, x, q: n.flat(x[:, :2].transpose(0, 1), *[q.expand(-1, len(x), -1)] * 2)[0][0], (4, 1, 4)),
+    "queries": (
+        lambda n, x, q: n.flat(q.expand(-1, len(x), -1), *[x.transpose(0, 1)] * 2)[0].sum(0),
+        (4, 1, 4),
+    ),
+    "initial state": (lambda n, x, q: n.rnn(x, q.expand(-1, len(x), -1))[0], (2, 1, 4)),
+}
+
+
+@pytest.mark.parametrize("which", STANDS)
+@pytest.mark.parametrize("batch", [2, 3, 4])  # also as many as there are layers, or positions
+def test_copies_are_given_to_a_layer_where_it_has_the_batch(which, batch):
+    compute, shape = STANDS[which]
+    check(px.convert(Fixed(compute, *shape).double()), randn(batch, 4, 4))
+
+
+@pytest.mark.parametrize("attend", [lambda n, x, q: n.mha(x, x, x, attn_mask=q)[0], lambda n, x, q: n.encode(x, q)])
+def test_a_mask_with_a_row_for_each_position_is_not_taken_for_the_batch(attend):
+    model = px.convert(Fixed(attend, 4, 4).double())
+    for batch in (4, 3):
+        with pytest.raises(ValueError, match=r"^Fixed\.q: .* in (MultiheadAttention|Transformer\w+) \(argument"):
+            model(randn(batch, 4, 4))
+
+
 def test_a_layer_that_has_raised_forgets_the_copies_that_it_was_given():
     model = px.convert(Own(lambda n, x, p: x + n.fc(p), (3, 3)).double())
     with pytest.raises(RuntimeError):

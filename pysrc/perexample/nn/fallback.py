@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ..autograd.expansion import Origin, PerExample, appearance, batched, refuse
+from ..autograd.expansion import Origin, PerExample, appearance, axis_of, batched, refuse
 from ..moments import Call, MomentModule, in_reentrant_checkpoint, moment_of
 from ..moments.leaf import _Mode
 from ..moments.module import REENTRANT, WITH, WITHOUT
@@ -178,12 +178,14 @@ def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
     if not found:
         return _take_lone(module, tensors, args, kwargs)
     first = found[0]
-    vector = first.dim() == 1 and _by_rows(module)
+    if not _by_rows(module):
+        return _take_rows(module, tensors, found, args, kwargs)
+    vector = first.dim() == 1
     if all(value.dim() and value.shape[value.axis] == value.batch for value in found) and not vector:
         # So long by coincidence, perhaps; unless there are others, which have to be of the batch.
-        bare = any(value._rows is None or value.origin.bare for value in found)
-        known = len(found) == 1 and not first.batch_dim and _by_rows(module)
-        if len(found) == len(tensors) and (bare or known):
+        if not _decided(tensors):
+            bare = any(value._rows is None or value.origin.bare for value in found)
+            known = len(tensors) == 1 and not first.batch_dim
             module.__dict__["_rows_of"] = first, first.origin._replace(bare=bare, grown=not bare), known
         return tree_map_only(PerExample, batched, (args, kwargs))
     if len(found) > 1 or not first.dim() or first.batch_dim:
@@ -191,11 +193,59 @@ def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         copies = first.copies
         single = first.shape[0] == 1
-        if not single and not _by_rows(module):
-            return tree_map_only(PerExample, batched, (args, kwargs))
         module.__dict__["_copies_of"] = first, single
         value = copies.squeeze(1) if single else copies
     return tree_map_only(PerExample, lambda _: value, (args, kwargs))
+
+
+def _decided(tensors: list[Tensor]) -> bool:
+    """Whether one of them is no function of parameters alone, so that a layer's results are the batch's."""
+    return any(value.requires_grad and not isinstance(value, PerExample) for value in tensors)
+
+
+def _take_rows(module: Any, tensors: list[Tensor], found: list[PerExample], args: Any, kwargs: Any) -> Any:
+    """The same for a layer that has one place for the batch: as long, or of one row, of which each example has one."""
+    first, says = found[0], module._batch_at == "says"
+    axis = module.batch_dim if says else 0
+    if len(found) == len(tensors) == 1 and not axis and not first.batch_dim and first.dim() and first.shape[0] == 1:
+        if first.batch != 1:
+            module.__dict__["_copies_of"] = first, True
+            with torch._C.DisableTorchFunctionSubclass():
+                value = first.copies.squeeze(1)
+            return tree_map_only(PerExample, lambda _: value, (args, kwargs))
+    if not _decided(tensors):
+        if first.batch_dim != axis:
+            refuse(first, type(module).__name__, f"which takes dimension {axis} for a batch")
+        module.__dict__["_rows_of"] = first, first.origin._replace(bare=True, grown=False), False
+    positional = [_rows_at(module, value, axis, says, number) for number, value in enumerate(args)]
+    return tuple(positional), {name: _rows_at(module, value, axis, says, name) for name, value in kwargs.items()}
+
+
+def _data(module: nn.Module) -> tuple[int | str, ...]:
+    """Which arguments have the batch where `module` says: others are masks, or states."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (0, 1, 2, "query", "key", "value")
+    if isinstance(module, (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)):
+        return (0, 1, "src", "tgt", "memory")
+    return (0, "input", "src")
+
+
+def _rows_at(module: Any, argument: Any, axis: int, says: bool, which: int | str) -> Any:
+    """`argument`, which is number or name `which` of the layer's, with the rows of the batch for copies."""
+    state = isinstance(module, nn.RNNBase) and which in (1, "hx")
+    data = which in _data(module)
+
+    def rows(value: PerExample) -> Tensor:
+        place = 1 if state else axis
+        if says and not (data or state):
+            refuse(value, type(module).__name__, f"argument {which!r}")
+        with torch._C.DisableTorchFunctionSubclass():
+            if value.dim() <= max(place, 1) or value.shape[place] != value.batch:
+                why = f"shape {tuple(value.shape)} in a batch of {value.batch} examples"
+                refuse(value, "the place of a batch", why)
+            return value.rows(place)
+
+    return tree_map_only(PerExample, rows, argument)
 
 
 def _take_lone(module: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -217,7 +267,7 @@ def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         return None
     if lone:
         return output.squeeze(0)
-    if rows_of is not None and isinstance(output, Tensor):
+    if rows_of is not None:
         first, origin, known = rows_of
 
         def make() -> Tensor:
@@ -226,7 +276,18 @@ def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             made: Tensor = module(first.copies)
             return made
 
-        return PerExample(None, origin, rows=output, make=make)
+        def wrap(value: Tensor, batch_dim: int) -> Tensor:
+            if not value.requires_grad:
+                return value
+            if batch_dim != axis_of(value, origin.batch_dim):
+                return PerExample.unknown(value, first, make)
+            return PerExample(None, origin, rows=value, make=make)
+
+        if isinstance(output, Tensor):
+            return wrap(output, axis_of(output, origin.batch_dim) if module._batch_at == "any" else module.batch_dim)
+        y, others = output
+        last = 1 if isinstance(module, nn.RNNBase) else 0  # of states, and of attention's weights
+        return wrap(y, module.batch_dim), tree_map_only(Tensor, lambda value: wrap(value, last), others)
     if found is None:
         return None
     first, single = found

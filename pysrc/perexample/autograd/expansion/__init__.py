@@ -17,6 +17,6 @@ the rows and returns a `PerExample` again, which computes what it makes of the c
 
 from __future__ import annotations
 
-from .per_example import Origin, PerExample, appearance, batched, plain, refuse
+from .per_example import Origin, PerExample, appearance, axis_of, batched, plain, refuse
 
-__all__ = ["Origin", "PerExample", "appearance", "batched", "plain", "refuse"]
+__all__ = ["Origin", "PerExample", "appearance", "axis_of", "batched", "plain", "refuse"]

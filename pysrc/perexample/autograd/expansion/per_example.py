@@ -65,6 +65,17 @@ class PerExample(torch.Tensor):
                 self.register_hook(self._refuse_gradient)
         return self
 
+    @classmethod
+    def unknown(cls, value: Tensor, source: PerExample, make: Callable[[], Tensor]) -> PerExample:
+        """`value`, made of `source` by what cannot tell its rows: whoever needs its copies calls `make`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self = cls(value.detach()[None], source.origin)
+            self._copies, self._make, self.batch = None, make, source.batch
+            if value.requires_grad:
+                self.requires_grad_(True)
+                self.register_hook(self._refuse_gradient)
+        return self
+
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 

@@ -31,38 +31,29 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             args, kwargs = tree_unflatten([plain(value) for value in flat], spec)
             return func(*args, **kwargs)
         first = next(value for value in flat if isinstance(value, PerExample))
-        rule = Rule(func, name, args, kwargs, first)
-        if any(_grown(value) for value in flat) and not rule.leaves_open(flat):
-            if (names.in_place(func) or name == "setitem") and _grown(args[0]):
-                args[0].settle()
-            flat = [value._rows if _grown(value) else value for value in flat]
-            args, kwargs = tree_unflatten(flat, spec)
-            left = next((value for value in flat if isinstance(value, PerExample)), None)
-            return func(*args, **kwargs) if left is None else Rule(func, name, args, kwargs, left).apply()
-        return rule.apply()
+        if (names.in_place(func) or name == "setitem") and _from_layer(args[0]):
+            return _change(func, name, args, kwargs)
+        return Rule(func, name, args, kwargs, first).apply()
 
 
-def _grown(value: Any) -> bool:
-    """Whether the rows of `value` are a layer's, and most likely the batch."""
-    return isinstance(value, PerExample) and value.origin.grown and value._rows is not None
+def _from_layer(value: Any) -> bool:
+    """Whether `value` has rows that a layer has made."""
+    return isinstance(value, PerExample) and value._rows is not None and (value.origin.grown or value.origin.bare)
+
+
+def _change(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func`, which changes the rows of ``args[0]`` in place; these are the batch's for certain where one joins it."""
+    changed = args[0]
+    args = (changed.settle(), *args[1:])
+    others = [value for value in tree_flatten((args[1:], kwargs))[0] if isinstance(value, Tensor)]
+    left = next((value for value in others if isinstance(value, PerExample)), None)
+    result = func(*args, **kwargs) if left is None else Rule(func, name, args, kwargs, left).apply()
+    decided = any(value.requires_grad and not isinstance(value, PerExample) for value in others)
+    return result if decided or result is not args[0] else changed
 
 
 class Rule(Meeting):
     """Which of the ways a torch function that has met a `PerExample` goes."""
-
-    def leaves_open(self, flat: list[Any]) -> bool:
-        """Whether rows that a layer has seen may still turn out not to be the batch's: not yet, or by their place."""
-        if self.batch_dim or names.in_place(self.func):
-            return False
-        if self.name in names.ELEMENTWISE:
-            return True
-        rows = self.first._rows
-        if rows is None or sum(isinstance(value, Tensor) for value in flat) > 1 or not self.row_by_row(flat, rows):
-            return False
-        if self.name in names.RESHAPES:
-            args, kwargs = self.replaced({id(self.first): rows})
-            return bool(self.func(*args, **kwargs).shape[:1] == rows.shape[:1])
-        return True
 
     def apply(self) -> Any:
         name = self.name
