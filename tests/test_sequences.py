@@ -71,6 +71,29 @@ def test_the_packed_output_is_the_stock_one():
     torch.testing.assert_close(tuple(y), tuple(expected))
 
 
+class ChangedInPlace(nn.Module):
+    def __init__(self, kind, **keywords):
+        super().__init__()
+        self.rnn = kind(3, 5, batch_first=True, **keywords)
+
+    def forward(self, x):
+        return self.rnn(x)[0].mul_(2).tanh_()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_output_may_be_changed_in_place(name):
+    torch.manual_seed(0)
+    model, x = ChangedInPlace(**KINDS[name]).double(), randn(4, 6, 3)
+    stock = model(x)
+    target = randn(*stock.shape, seed=1)
+    expected = oracle(model, weighted_sum, x, target, reduction="sum")
+    converted = px.convert(copy.deepcopy(model))
+    y = converted(x)
+    torch.testing.assert_close(y, stock)
+    weighted_sum(y, target).backward()
+    assert_moments(converted, expected)
+
+
 class WithState(nn.Module):
     """x: (B, T, 3) and initial states (B, layers, size)."""
 

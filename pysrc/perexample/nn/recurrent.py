@@ -129,7 +129,8 @@ class _Recurrent(MomentModule):
             x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
-        x = x.to(dtype)
+        # A copy, as callers may change it in place, and it lies in what backward has saved.
+        x = x.to(dtype, copy=directions == 1)
         stacked = tuple(torch.stack(states).to(dtype) for states in zip(*last, strict=True))
         return x, stacked if self.mode == "LSTM" else stacked[0]
 
