@@ -192,7 +192,18 @@ def cases(full: bool) -> list[_kernels.Case]:
         case("PReLU 16×64@32²", lambda: nn.PReLU(64), lambda: randn(16, 64, 32, 32), 1.15),
         case("Bilinear 128×64×64→32", lambda: nn.Bilinear(64, 64, 32), lambda: randn(128, 64), times=2),
     ]
-    return small + large if full else small
+    # As small as those above, a good part of the time is Python's.
+    larger = [
+        _case("LayerNorm 8×1024×768", lambda: nn.LayerNorm(768), lambda: randn(8, 1024, 768), 1.15),
+        _case("Embedding 8×1024 V=1024 D=512", lambda: nn.Embedding(1024, 512), lambda: indices(1024, 8, 1024), 1.15),
+        _case(
+            "EmbeddingBag 1024×32 V=10000 D=64",
+            lambda: nn.EmbeddingBag(10000, 64),
+            lambda: indices(10000, 1024, 32),
+            1.15,
+        ),
+    ]
+    return small + large + larger if full else small
 
 
 def indices(rows: int, *shape: int) -> Tensor:
