@@ -24,12 +24,13 @@ class First(nn.Module):
     def __init__(self, layer: nn.Module, times: int = 1) -> None:
         super().__init__()
         self.layer, self.times = layer, times
-        self.result: Tensor | None = None  # of the last pass, before the model counts its examples
+        self.results: list[Tensor] | None = None  # where set, results go there before the model counts its examples
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(*[x] * self.times)
         result: Tensor = y if isinstance(y, Tensor) else y[0]
-        self.result = result
+        if self.results is not None:
+            self.results.append(result)
         return result
 
 
@@ -39,10 +40,11 @@ def graph_of(model: First, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     Without the count of examples, which is the model's, once a step (`bench.step` has it).
     """
     x = x.detach().requires_grad_() if x.is_floating_point() else x
+    model.results = results = []
     y = model(x)
-    if type(model.result) is Tensor:  # not so what the fallback holds copies of
-        y = model.result
-    model.result = None
+    model.results = None
+    if type(results[0]) is Tensor:  # not so what the fallback holds copies of
+        y = results[0]
     wanted = [x] if x.requires_grad else []
     for p in model.parameters():
         moment = px.moments.moment_of(p)
