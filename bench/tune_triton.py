@@ -198,9 +198,7 @@ def tune(row: Row) -> tuple[Tile, float] | None:
         for tile in logs:
             logs[tile].append(math.log(ms[str(tile)]))
     mean = {tile: math.fsum(logs[tile]) / len(logs[tile]) for tile in logs}
-    best = min(mean, key=mean.__getitem__, default=None)
-    if best is None:
-        return None
+    best = min(mean, key=mean.__getitem__)
     shipped = next((mean[tile] for tile in mean if tile[:5] == row.shipped[:5]), math.nan)
     return best, math.exp(mean[best] - shipped)
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, mlp, net_data, randn
+from models import Net, Turn, mlp, net_data, randn
 from torch import nn
 
 import perexample as px
@@ -25,16 +25,6 @@ class Model(nn.Module):
 
     def forward(self, *inputs):
         return self.body(*self.layers, *inputs)
-
-
-class Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.transpose(0, 1).contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.transpose(0, 1)
 
 
 def in_slices(first, second, x):

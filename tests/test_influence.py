@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import randn, weighted_sum
+from models import Turn, randn, weighted_sum
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,16 +51,6 @@ FORWARDS: list[torch.Tensor] = []
 @pytest.fixture(autouse=True)
 def count_forwards():
     FORWARDS.clear()
-
-
-class Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.transpose(0, 1).contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.transpose(0, 1)
 
 
 class Twice(torch.autograd.Function):

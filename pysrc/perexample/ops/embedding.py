@@ -136,8 +136,8 @@ def _bag_reference(
     """Moments of the table of bags of sums (or means): dy (B, D), offsets (B,), indices (N,) and their factors (N,).
 
     `sizes` (B,), where the bags are means, is what each divides by; `length` is that of all bags, None where they
-    differ or it is not known. Inside of an op because the longest bag, which
-    tells the shapes, is data: torch.compile could not trace it.
+    differ or it is not known. Inside of an op because the longest bag, which tells the shapes, is data: torch.compile
+    could not trace it.
     """
     positions, table, filler = bag_positions(dy, factors, indices, offsets, sizes, num_embeddings, padding_idx, length)
     # One row more for the filler, where no index of the table is free for it.
