@@ -25,8 +25,9 @@ SOURCES := $(shell find $(ROOT)/csrc $(ROOT)/build_support -type f ! -name "*.py
 STAMP := $(ROOT)/build/installed-$(shell echo "$(PY) $$($(PYTHON) -c 'import sys; print(sys.prefix)')" | cksum | cut -d' ' -f1)
 
 .PHONY: test bench build lint gpu
+# A process for each core; their threads do not spin while they wait for each other.
 test: build
-	cd $(ROOT) && $(PY) -m pytest $(ARGS)
+	cd $(ROOT) && OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 	$(MAKE) -f $(ROOT)/Makefile --no-print-directory lint
 
 bench: build
