@@ -199,6 +199,23 @@ def rms_norm(
     return _RMSNorm.apply(x, weight, weight_leaf, uses, list(normalized_shape), eps, batch_dim)
 
 
+def _channel_grads(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    op: Callable[..., Any],
+    statistics: tuple[Tensor | None, ...],
+    rest: tuple[Any, ...],
+) -> tuple[Tensor | None, ...]:
+    """Of norms of x (B, C, ...) with parameters (C,): the gradients of x, of these, of their leaves and of the uses."""
+    want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+    channels = x.shape[1]
+    rows = (x.shape[0], channels, x.shape[2:].numel())
+    results = _moments(ctx.call, op, (dy.reshape(rows), x.reshape(rows), *statistics), rest, want)
+    dx = results[0].reshape(x.shape) if want[0] else None
+    return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]))
+
+
 class _GroupNorm(Function):
     """MATHS (7). x: (B, C, ...), weight and bias: (C,) or None."""
 
@@ -229,13 +246,9 @@ class _GroupNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-        batch, channels = x.shape[:2]
-        rows = (batch, channels, x.shape[2:].numel())
-        tensors = (dy.reshape(rows), x.reshape(rows), *_statistics(x, mean, rstd, (batch, ctx.groups)))
-        results = _moments(ctx.call, ops.group_norm_moments, tensors, (weight, ctx.groups, ctx.eps), want)
-        dx = results[0].reshape(x.shape) if want[0] else None
-        return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None, None)
+        statistics = _statistics(x, mean, rstd, (x.shape[0], ctx.groups))
+        rest = (weight, ctx.groups, ctx.eps)
+        return (*_channel_grads(ctx, dy, x, ops.group_norm_moments, statistics, rest), None, None)
 
 
 class _InstanceNorm(Function):
@@ -273,13 +286,10 @@ class _InstanceNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
         batch, channels = x.shape[:2]
-        rows = (batch, channels, x.shape[2:].numel())
-        tensors = (dy.reshape(rows), x.reshape(rows), *_statistics(x, mean, rstd, (batch, channels)))
-        results = _moments(ctx.call, ops.group_norm_moments, tensors, (weight, channels, ctx.eps), want)
-        dx = results[0].reshape(x.shape) if want[0] else None
-        return (dx, *_norm_grads(results, want, (channels,)), one_use(dy, ctx.needs_input_grad[5]), None)
+        statistics = _statistics(x, mean, rstd, (batch, channels))
+        rest = (weight, channels, ctx.eps)
+        return (*_channel_grads(ctx, dy, x, ops.group_norm_moments, statistics, rest), None)
 
 
 class _BatchNorm(Function):
@@ -307,14 +317,7 @@ class _BatchNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        want = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-        batch, channels = x.shape[:2]
-        rows = (batch, channels, x.shape[2:].numel())
-        tensors = (dy.reshape(rows), x.reshape(rows))
-        results = _moments(ctx.call, ops.batch_norm_moments, tensors, (mean, rstd, weight), want)
-        dx = results[0].reshape(x.shape) if want[0] else None
-        grads = _norm_grads(results, want, (channels,))
-        return (dx, *grads, one_use(dy, ctx.needs_input_grad[5]), None, None, None)
+        return (*_channel_grads(ctx, dy, x, ops.batch_norm_moments, (), (mean, rstd, weight)), None, None, None)
 
 
 def _is_channels_last(x: Tensor) -> bool:
