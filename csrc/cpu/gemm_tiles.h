@@ -131,12 +131,12 @@ PX_INLINE void multiply_examples(Vec<Accumulator<E>> (&G)[N][MR * NV], const E*&
   x += (N - 1) * T * kPanel<E>;
 }
 
-// Where a tile of MR x NV vectors goes: row m is at m * stride. Without `add` it is stored. A
-// single tile whose example has more pieces keeps G in `example` until the last of them.
+// Where a tile of MR x NV vectors goes: row m of g is at m * g_stride. Without `add` it is stored.
+// A single tile whose example has more pieces keeps G in `example` until the last of them.
 template <class S>
 struct TileOutput {
   S *g, *s;
-  int64_t stride;
+  int64_t g_stride, s_stride;
   bool add;
   S* example;
   bool begin, end;
@@ -157,11 +157,11 @@ PX_INLINE void put(S* out, int64_t stride, bool add, const F& value) {
 template <class S, int MR, int NV, class F, class H>
 PX_INLINE void put(const TileOutput<S>& out, const F& sum, const H& square_sum) {
   if (out.add) {
-    put<S, MR, NV>(out.g, out.stride, true, sum);
-    put<S, MR, NV>(out.s, out.stride, true, square_sum);
+    put<S, MR, NV>(out.g, out.g_stride, true, sum);
+    put<S, MR, NV>(out.s, out.s_stride, true, square_sum);
   } else {
-    put<S, MR, NV>(out.g, out.stride, false, sum);
-    put<S, MR, NV>(out.s, out.stride, false, square_sum);
+    put<S, MR, NV>(out.g, out.g_stride, false, sum);
+    put<S, MR, NV>(out.s, out.s_stride, false, square_sum);
   }
 }
 
@@ -202,20 +202,20 @@ void single_tile(const E* d, const E* x, int64_t, int64_t T,
 template <class S, int MR, int NV>
 void squared_operands_tile(const S* d, const S* x, int64_t examples, int64_t,
                            const TileOutput<S>& out) {
-  auto product = [&](S* to) PX_LAMBDA {
+  auto product = [&](S* to, int64_t stride) PX_LAMBDA {
     Vec<S> G[MR * NV];
     multiply_rows<S, MR, NV>(G, d, x, examples);
     auto value = [&](auto i) PX_LAMBDA { return G[i]; };
     if (out.add) {
-      put<S, MR, NV>(to, out.stride, true, value);
+      put<S, MR, NV>(to, stride, true, value);
     } else {
-      put<S, MR, NV>(to, out.stride, false, value);
+      put<S, MR, NV>(to, stride, false, value);
     }
     d += examples * MR;
     x += examples * kPanel<S>;
   };
-  product(out.g);
-  product(out.s);
+  product(out.g, out.g_stride);
+  product(out.s, out.s_stride);
 }
 
 template <class E, int MR, int NV, int kUnroll, bool kExact>
@@ -469,23 +469,19 @@ struct Fetch {
   }
 };
 
-// One row of pairs from those of two positions; from zeros where there is no second.
+// The pairs of one vector of consecutive columns of two positions.
+PX_INLINE Vec<uint32_t> load_pairs(const bf16* first, const bf16* second) {
+  auto bits = [](const bf16* p) PX_LAMBDA { return reinterpret_cast<Vec<uint32_t>>(load_wide(p)); };
+  Vec<uint32_t> pairs = bits(first) >> 16;
+  if (second != nullptr) pairs |= bits(second);
+  return pairs;
+}
+
+// One row of pairs, column by column, from those of two positions; from zeros where there is no
+// second.
 template <int W>
 PX_INLINE void pack_pair(const bf16* first, const bf16* second, int64_t stride, int64_t width,
                          Bf16Pair* out) {
-  if constexpr (W % lanes<uint32_t> == 0) {
-    if (width == W && stride == 1) {
-      unroll<W / lanes<uint32_t>>([&](auto n) PX_LAMBDA {
-        auto bits = [&](const bf16* p) PX_LAMBDA {
-          return reinterpret_cast<Vec<uint32_t>>(load_wide(p + n * lanes<uint32_t>));
-        };
-        Vec<uint32_t> pairs = bits(first) >> 16;
-        if (second != nullptr) pairs |= bits(second);
-        store(reinterpret_cast<uint32_t*>(out) + n * lanes<uint32_t>, pairs);
-      });
-      return;
-    }
-  }
   for (int64_t n = 0; n < W; ++n) {
     uint32_t bits = n < width ? first[n * stride].bits : 0u;
     if (n < width && second != nullptr) bits |= uint32_t{second[n * stride].bits} << 16;
@@ -510,12 +506,35 @@ void pack_pairs(const Operand& a, const Rows& rows, int64_t column, int64_t colu
       second[i] = t + 1 < rows.positions ? first[i] + a.stride_t : nullptr;
       if ((t += 2) >= rows.positions) t = 0, ++b;
     }
-    for (int64_t c = 0; c < columns; c += W) {
+    auto second_at = [&](int64_t i, int64_t offset)
+                         PX_LAMBDA { return second[i] == nullptr ? nullptr : second[i] + offset; };
+    int64_t c = 0;
+    if (a.stride_column == 1) {
+      // A vector's columns are several panels, or one panel is one or several vectors, or less.
+      constexpr int L = lanes<uint32_t>;
+      constexpr int kPanels = W < L ? L / W : 1, kVectors = W < L ? 1 : W / L;
+      constexpr int kColumns = kVectors * L;  // that are loaded
+      static_assert(W < L || W % L == 0);
+      for (; c + kColumns <= columns; c += kPanels * W) {
+        Bf16Pair* to = out + c * packed_rows + row * W;
+        for (int64_t i = 0; i < count; ++i, to += W) {
+          unroll<kVectors>([&](auto v) PX_LAMBDA {
+            const int64_t offset = c + v * L;
+            const Vec<uint32_t> pairs = load_pairs(first[i] + offset, second_at(i, offset));
+            unroll<kPanels>([&](auto p) PX_LAMBDA {
+              std::memcpy(to + v * L + p * W * packed_rows,
+                          reinterpret_cast<const uint32_t*>(&pairs) + p * W,
+                          sizeof(uint32_t) * (W < L ? W : L));
+            });
+          });
+        }
+      }
+    }
+    for (; c < columns; c += W) {
       Bf16Pair* to = out + c * packed_rows + row * W;
       const int64_t offset = c * a.stride_column, width = min(W, columns - c);
       for (int64_t i = 0; i < count; ++i, to += W) {
-        pack_pair<W>(first[i] + offset, second[i] == nullptr ? nullptr : second[i] + offset,
-                     a.stride_column, width, to);
+        pack_pair<W>(first[i] + offset, second_at(i, offset), a.stride_column, width, to);
       }
     }
   }

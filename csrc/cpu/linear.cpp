@@ -26,7 +26,8 @@ constexpr int64_t kGroup = kManyRegisters ? 512 : 256;
 // At most, for the rows operand of one block: with less than many registers, what the L2 cache
 // holds.
 constexpr int64_t kPackedBytes = kManyRegisters ? 3 << 19 : 3 << 17;
-constexpr int64_t kStagedElements = 1 << 17;  // of a block that sums in scratch memory
+// Of a block that sums in scratch memory.
+constexpr int64_t kStagedElements = kManyRegisters ? 1 << 19 : 1 << 17;
 constexpr int64_t kPanelsAtOnce = 4;
 constexpr int64_t kSmallOutput = 1 << 14;  // elements below which examples are split
 constexpr int64_t kRowsPerSplit = 1024;
@@ -34,16 +35,25 @@ constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kWorthATask = 1 << 19;  // multiply-adds
 enum ScratchSlot { kTaskScratch, kStagingScratch, kSplitScratch };
 
-// Where a block's sums go: element (m, n) of the block at m * row_stride + n * column_stride.
+// A matrix with strides.
+template <class S>
+struct Matrix {
+  S* data;
+  int64_t row_stride, column_stride;
+
+  PX_INLINE Matrix at(int64_t m, int64_t n) const {
+    return {data + m * row_stride + n * column_stride, row_stride, column_stride};
+  }
+};
+
+// Where a block's sums go.
 template <class S>
 struct Sums {
-  S *g, *s;
-  int64_t row_stride, column_stride;
+  Matrix<S> g, s;
   S *bias_g, *bias_s;  // of the block's outputs; null: not this block's work
 
   PX_INLINE Sums at(int64_t m, int64_t n) const {
-    const int64_t offset = m * row_stride + n * column_stride;
-    return {g + offset, s + offset, row_stride, column_stride, nullptr, nullptr};
+    return {g.at(m, n), s.at(m, n), nullptr, nullptr};
   }
 };
 
@@ -134,21 +144,19 @@ PX_INLINE void finish_row(const S* from, bool first, int64_t width, S* to, int64
 }
 
 template <class S>
-PX_INLINE void finish_tile(const S* g, const S* s, bool first, int64_t height, int64_t width,
-                           int64_t tile_width, const Sums<S>& out) {
+PX_INLINE void finish_tile(const S* from, bool first, int64_t height, int64_t width,
+                           int64_t tile_width, const Matrix<S>& to) {
   for (int64_t m = 0; m < height; ++m) {
-    finish_row(g + m * tile_width, first, width, out.g + m * out.row_stride, out.column_stride);
-    finish_row(s + m * tile_width, first, width, out.s + m * out.row_stride, out.column_stride);
+    finish_row(from + m * tile_width, first, width, to.at(m, 0).data, to.column_stride);
   }
 }
 
 template <class S>
-PX_INLINE void prefetch_tile(const Sums<S>& out, int64_t height) {
+PX_INLINE void prefetch_tile(const Matrix<S>& out, int64_t height) {
   if (out.column_stride != 1) return;
   for (int64_t m = 0; m < height; ++m) {
     for (int64_t n = 0; n < kPanel<S>; n += 64 / static_cast<int64_t>(sizeof(S))) {
-      __builtin_prefetch(out.g + m * out.row_stride + n, 1);
-      __builtin_prefetch(out.s + m * out.row_stride + n, 1);
+      __builtin_prefetch(out.at(m, n).data, 1);
     }
   }
 }
@@ -222,28 +230,27 @@ void run_block(const Problem<E>& p, const Block& block, const Sums<Accumulator<E
         for (int64_t m = 0; m < height; m += MR) {
           const int64_t tile_rows = min(MR, height - m);
           const Sums<S> to = out.at(m, n);
-          const bool direct =
-              to.column_stride == 1 && tile_rows == MR && tile_columns == tile_width;
-          TileOutput<S> tile = {to.g,
-                                to.s,
-                                to.row_stride,
-                                !first,
-                                examples + m * column_panels * NR + n * MR,
-                                t == 0,
-                                t + rows.positions == p.T};
+          const bool direct = to.g.column_stride == 1 && to.s.column_stride == 1 &&
+                              tile_rows == MR && tile_columns == tile_width;
+          TileOutput<S> tile = {to.g.data,       to.s.data,
+                                to.g.row_stride, to.s.row_stride,
+                                !first,          examples + m * column_panels * NR + n * MR,
+                                t == 0,          t + rows.positions == p.T};
           if (!direct) {
             tile.g = g;
             tile.s = s;
-            tile.stride = tile_width;
+            tile.g_stride = tile.s_stride = tile_width;
             tile.add = false;
           }
-          prefetch_tile(to, tile_rows);
+          prefetch_tile(to.g, tile_rows);
+          prefetch_tile(to.s, tile_rows);
           fetch.rows(fetched_at_once);
           p.scheme.tile[vectors - 1](packed_rows + m * panel_rows,
                                      packed_columns + slot * NR * panel_rows, rows.examples,
                                      packed_positions, tile);
           if (!direct && tile.end) {
-            finish_tile(g, s, first, tile_rows, tile_columns, tile_width, to);
+            finish_tile(g, first, tile_rows, tile_columns, tile_width, to.g);
+            finish_tile(s, first, tile_rows, tile_columns, tile_width, to.s);
           }
         }
       }
@@ -304,12 +311,19 @@ Cut choose_cut(const Problem<E>& p, bool staged, int64_t threads) {
 template <class Out, class S>
 void publish(const S* from, int64_t parts, int64_t part_stride, int64_t rows, int64_t columns,
              Out* to, int64_t row_stride, int64_t column_stride) {
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t n = 0; n < columns; ++n) {
-      S sum = from[m * columns + n];
-      for (int64_t part = 1; part < parts; ++part)
-        sum += from[part * part_stride + m * columns + n];
-      to[m * row_stride + n * column_stride] = narrow<Out>(sum);
+  for (int64_t m = 0; m < rows; ++m, from += columns, to += row_stride) {
+    int64_t n = 0;
+    if constexpr (std::is_same_v<Accumulator<Out>, S>) {
+      for (; column_stride == 1 && n + lanes<S> <= columns; n += lanes<S>) {
+        Vec<S> sum = load(from + n);
+        for (int64_t part = 1; part < parts; ++part) sum += load(from + part * part_stride + n);
+        store_narrow(to + n, sum);
+      }
+    }
+    for (; n < columns; ++n) {
+      S sum = from[n];
+      for (int64_t part = 1; part < parts; ++part) sum += from[part * part_stride + n];
+      to[n * column_stride] = narrow<Out>(sum);
     }
   }
 }
@@ -332,43 +346,46 @@ void publish(DType type, const S* from, int64_t parts, int64_t part_stride, int6
   }
 }
 
-// Sums in scratch memory, one part after another: g, s, then those of the bias.
+// The sums of parts of the examples in scratch memory, one part after another: g, s, then those of
+// the bias.
 template <class S>
-struct Staged {
+struct Parts {
   S* data;
   int64_t rows, columns, biases;
 
-  int64_t part_size() const { return 2 * (rows * columns + biases); }
+  int64_t size() const { return 2 * (rows * columns + biases); }
   Sums<S> part(int64_t i) const {
-    S* g = data + i * part_size();
+    S* g = data + i * size();
     S* bias = g + 2 * rows * columns;
-    return {g, g + rows * columns, columns, 1, biases > 0 ? bias : nullptr, bias + biases};
+    return {{g, columns, 1},
+            {g + rows * columns, columns, 1},
+            biases > 0 ? bias : nullptr,
+            bias + biases};
   }
 };
 
-// Writes the rows x columns of the output that begin at (m0, n0).
 template <class S>
-void publish(const Linear& a, bool swapped, const Staged<S>& from, int64_t parts, int64_t m0,
-             int64_t n0) {
-  constexpr DType kSums = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+inline constexpr DType kSums = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+
+// The output is the sum of all parts.
+template <class S>
+void publish(const Linear& a, bool swapped, const Parts<S>& from, int64_t parts) {
   const int64_t row_stride = swapped ? 1 : a.I, column_stride = swapped ? a.I : 1;
-  const int64_t offset = m0 * row_stride + n0 * column_stride, bias_offset = swapped ? n0 : m0;
   const Sums<S> sums = from.part(0);
-  const int64_t size = from.part_size();
-  publish(a.grad_dtype, sums.g, parts, size, from.rows, from.columns, a.dw, offset, row_stride,
+  const int64_t size = from.size();
+  publish(a.grad_dtype, sums.g.data, parts, size, from.rows, from.columns, a.dw, 0, row_stride,
           column_stride);
-  publish(kSums, sums.s, parts, size, from.rows, from.columns, a.dw_sq, offset, row_stride,
+  publish(kSums<S>, sums.s.data, parts, size, from.rows, from.columns, a.dw_sq, 0, row_stride,
           column_stride);
   if (from.biases > 0) {
-    publish(a.grad_dtype, sums.bias_g, parts, size, 1, from.biases, a.db, bias_offset, 0, 1);
-    publish(kSums, sums.bias_s, parts, size, 1, from.biases, a.db_sq, bias_offset, 0, 1);
+    publish(a.grad_dtype, sums.bias_g, parts, size, 1, from.biases, a.db, 0, 0, 1);
+    publish(kSums<S>, sums.bias_s, parts, size, 1, from.biases, a.db_sq, 0, 0, 1);
   }
 }
 
 template <class In, class E = Accumulator<In>>
 void linear_moments_of(const Linear& a, const Parallel& parallel) {
   using S = Accumulator<In>;
-  constexpr DType kSums = std::is_same_v<S, double> ? DType::f64 : DType::f32;
   const Operand dy = {a.dy, a.dy_stride[0], a.dy_stride[1], a.dy_stride[2]};
   const Operand x = {a.x, a.x_stride[0], a.x_stride[1], a.x_stride[2]};
 
@@ -393,7 +410,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   p.positions = ceil_div(a.T, ceil_div(packed_T, kGroup));
 
   const bool has_bias = a.db != nullptr;
-  const bool rounds = a.grad_dtype != kSums;
+  const bool rounds = a.grad_dtype != kSums<S>;
   const Cut cut = choose_cut(p, rounds, parallel.threads);
   const int64_t row_blocks = ceil_div(p.M, cut.height), column_blocks = ceil_div(p.N, cut.width);
   const int64_t row_stride = p.swapped ? 1 : a.I, column_stride = p.swapped ? a.I : 1;
@@ -401,10 +418,10 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   const int64_t split = ceil_div(ceil_div(a.B, cut.splits), p.group) * p.group;
   const int64_t splits = ceil_div(a.B, split);
 
-  Staged<S> parts = {nullptr, p.M, p.N, has_bias ? a.O : 0};
+  Parts<S> parts = {nullptr, p.M, p.N, has_bias ? a.O : 0};
   if (splits > 1) {
     parts.data = static_cast<S*>(
-        scratch(splits * parts.part_size() * static_cast<int64_t>(sizeof(S)), kSplitScratch));
+        scratch(splits * parts.size() * static_cast<int64_t>(sizeof(S)), kSplitScratch));
   }
 
   auto run = [&](int64_t task) {
@@ -422,27 +439,30 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
         out.bias_s = parts.part(part).bias_s + bias_offset;
       }
       run_block(p, block, out);
-    } else if (rounds) {
-      const int64_t rows = block.m1 - m0, columns = block.n1 - n0;
-      Staged<S> staged = {nullptr, rows, columns, 0};
-      if (bias_block) staged.biases = p.swapped ? columns : rows;
-      staged.data = static_cast<S*>(
-          scratch(staged.part_size() * static_cast<int64_t>(sizeof(S)), kStagingScratch));
-      run_block(p, block, staged.part(0));
-      publish(a, p.swapped, staged, 1, m0, n0);
+      return;
+    }
+    const int64_t offset = m0 * row_stride + n0 * column_stride;
+    const int64_t rows = block.m1 - m0, columns = block.n1 - n0,
+                  biases = p.swapped ? columns : rows;
+    Sums<S> out = {{nullptr, row_stride, column_stride},
+                   {static_cast<S*>(a.dw_sq) + offset, row_stride, column_stride},
+                   nullptr,
+                   bias_block ? static_cast<S*>(a.db_sq) + bias_offset : nullptr};
+    if (rounds) {
+      // What will be rounded is added up in scratch memory.
+      out.g = {static_cast<S*>(scratch((rows * columns + biases) * static_cast<int64_t>(sizeof(S)),
+                                       kStagingScratch)),
+               columns, 1};
+      if (bias_block) out.bias_g = out.g.data + rows * columns;
     } else {
-      const int64_t offset = m0 * row_stride + n0 * column_stride;
-      Sums<S> out = {static_cast<S*>(a.dw) + offset,
-                     static_cast<S*>(a.dw_sq) + offset,
-                     row_stride,
-                     column_stride,
-                     nullptr,
-                     nullptr};
-      if (bias_block) {
-        out.bias_g = static_cast<S*>(a.db) + bias_offset;
-        out.bias_s = static_cast<S*>(a.db_sq) + bias_offset;
-      }
-      run_block(p, block, out);
+      out.g.data = static_cast<S*>(a.dw) + offset;
+      if (bias_block) out.bias_g = static_cast<S*>(a.db) + bias_offset;
+    }
+    run_block(p, block, out);
+    if (rounds) {
+      publish(a.grad_dtype, out.g.data, 1, 0, rows, columns, a.dw, offset, row_stride,
+              column_stride);
+      if (bias_block) publish(a.grad_dtype, out.bias_g, 1, 0, 1, biases, a.db, bias_offset, 0, 1);
     }
   };
   const int64_t tasks = row_blocks * column_blocks * splits;
@@ -451,7 +471,7 @@ void linear_moments_of(const Linear& a, const Parallel& parallel) {
   } else {
     parallel(tasks, run);
   }
-  if (splits > 1) publish(a, p.swapped, parts, splits, 0, 0);
+  if (splits > 1) publish(a, p.swapped, parts, splits);
 }
 
 int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
