@@ -276,6 +276,25 @@ MUTANTS = {
         "if (plan.chunks == 1) {",
         "if (true) {",
     ),
+    "chunks of the bias squared before they are added": (
+        "few_mma",
+        "common.cuh",
+        "if (plan.chunks == 1) s += slot[kRows];",
+        "s += slot[kRows];",
+    ),
+    "the last part of the bias lost": (
+        "few_mma",
+        "common.cuh",
+        "part < plan.parts; ++part) {\n    A G",
+        "part < plan.parts - (plan.parts > 1); ++part) {\n    A G",
+    ),
+    "the rest of a float32 cut off": ("few_mma", "linear_mma.cuh", "    x -= as_float(p.piece[i]);\n", ""),
+    "a column behind the end of a row": (
+        "few_mma",
+        "common.cuh",
+        "put_if(exists && c + 1 < inputs,",
+        "put_if(exists,",
+    ),
     "copies not waited for": (
         "few_mma",
         "linear_mma.cuh",

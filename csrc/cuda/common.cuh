@@ -65,6 +65,14 @@ struct Divisor {
   }
 };
 
+// The sum over a warp, to all of its threads.
+template <class A>
+PX_DEVICE A add_in_warp(A x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
 // A gradient and its second moment; null where not wanted.
 struct Moments {
   void* sum;
@@ -235,13 +243,13 @@ PX_DEVICE float* bias_slots(float4* workspace, const Plan& plan) {
   return reinterpret_cast<float*>(workspace + plan.slots() * slot_vectors<Layout>());
 }
 
-// What a job of a tile of column 0 has of the bias of the tile's row number `in_tile`.
-template <int kRows>
-PX_DEVICE void put_bias(const Plan& plan, const Job& j, int in_tile, float g, float s, float* slots,
-                        int64_t outputs, const Moments& bias) {
+// What a job has of the bias of its tile's row number `in_tile`.
+template <int kRows, class A>
+PX_DEVICE void put_bias(const Job& j, int in_tile, A g, A s, A* slots, int64_t outputs,
+                        const Moments& bias) {
   const int64_t row = j.row * kRows + in_tile;
   if (j.slot >= 0) {
-    float* slot = slots + j.slot * 2 * kRows + in_tile;
+    A* slot = slots + j.slot * 2 * kRows + in_tile;
     slot[0] = g, slot[kRows] = s;
   } else if (row < outputs) {
     bias.put(j.group * outputs + row, g, s);
@@ -249,25 +257,32 @@ PX_DEVICE void put_bias(const Plan& plan, const Job& j, int in_tile, float g, fl
 }
 
 // Adds the bias' slots of the tiles of column 0, like `add_slots`.
-template <int kRows>
+template <int kRows, class A>
 __global__ void __launch_bounds__(kRows)
-    add_bias_slots(const float* slots, const Plan plan, const int64_t outputs, const Moments bias) {
+    add_bias_slots(const A* slots, const Plan plan, const int64_t outputs, const Moments bias) {
   const int64_t per_tile = plan.parts * plan.chunks;
   const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
   const int64_t row = j.row * kRows + threadIdx.x;
   if (j.column != 0 || row >= outputs) return;
-  const float* slot = slots + blockIdx.x * per_tile * 2 * kRows + threadIdx.x;
-  float g = 0, s = 0;
+  const A* slot = slots + blockIdx.x * per_tile * 2 * kRows + threadIdx.x;
+  A g = 0, s = 0;
   for (int64_t part = 0; part < plan.parts; ++part) {
-    float G = 0;
+    A G = 0;
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kRows) {
       G += slot[0];
       if (plan.chunks == 1) s += slot[kRows];
     }
     g += G;
-    if (plan.chunks > 1) s = fmaf(G, G, s);
+    if (plan.chunks > 1) s += G * G;
   }
   bias.put(j.group * outputs + row, g, s);
+}
+
+template <int kRows, class A>
+void launch_add_bias_slots(const A* slots, const Plan& plan, int64_t outputs, const Moments& bias,
+                           const Device& device) {
+  launch(add_bias_slots<kRows, A>, {plan.tiles() - plan.whole, kRows}, device.stream, slots, plan,
+         outputs, bias);
 }
 
 // Device memory for the slots, of the bias too where it is wanted; null where there are none.
@@ -289,8 +304,7 @@ void launch_add_slots(const void* workspace, const Plan& plan, const Matrix& out
     if (bias.sum == nullptr) return;
     const float* slots =
         static_cast<const float*>(workspace) + plan.slots() * slot_vectors<Layout>() * 4;
-    launch(add_bias_slots<Layout::kRows>, {cut, Layout::kRows}, device.stream, slots, plan,
-           out.outputs, bias);
+    launch_add_bias_slots<Layout::kRows>(slots, plan, out.outputs, bias, device);
   }
 }
 

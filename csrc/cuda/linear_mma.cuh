@@ -432,9 +432,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     acc.drain();
     if (adds_bias) {
-      put_bias<Tile::kRows>(plan, j, static_cast<int>(threadIdx.x), bias_sums.get(1),
-                            bias_sums.get(2), bias_slots<typename Tile::Layout>(workspace, plan),
-                            out.outputs, bias);
+      put_bias<Tile::kRows>(j, static_cast<int>(threadIdx.x), bias_sums.get(1), bias_sums.get(2),
+                            bias_slots<typename Tile::Layout>(workspace, plan), out.outputs, bias);
     }
     const int thread = opaque(static_cast<int>(threadIdx.x));
     const float* g = acc.sums();

@@ -192,7 +192,7 @@ PX_DEVICE void add_bias(const Plan& plan, uint32_t rank, uint32_t base, const Ma
     const int in_tile = static_cast<int>(rank) * Tile::kCtaRows + column;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      put_bias<Tile::kRows>(plan, j, in_tile + e, g[e], s[e], slots, out.outputs, bias);
+      put_bias<Tile::kRows>(j, in_tile + e, g[e], s[e], slots, out.outputs, bias);
     }
   }
 }

@@ -12,13 +12,6 @@ namespace {
 constexpr int kMostThreads = 256, kWarps = kMostThreads / 32;
 constexpr int64_t kMostShared = 96 * 1024;
 
-template <class A>
-PX_DEVICE A add_in_warp(A x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // The sums of both over the CTA, to every thread.
 template <class A>
 PX_DEVICE void add_in_cta(A& x, A& y) {

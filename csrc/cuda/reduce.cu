@@ -22,16 +22,9 @@ constexpr int kColumnsOf = kShare == Share::kColumns ? kThreads
                            : kShare == Share::kWarps ? 8
                                                      : 32;
 
-template <class A>
-PX_DEVICE A add_in_warp(A x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
-// slots: [slot][g, s][column of the tile].
+// The columns of dy are rows of the plan's tiles, as those of a bias are. slots: see `put_bias`.
 template <class T, Share kShare>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     column_moments(const T* dy, const int64_t b_stride, const int64_t t_stride,
                    const int64_t o_stride, const int64_t columns, const Plan plan,
                    const Moments out, Wide<T>* slots) {
@@ -43,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int sharer = kShare == Share::kWarps ? thread % 32 : thread / kColumns;
   for (int64_t index = blockIdx.x; index < plan.jobs; index += gridDim.x) {
     const Job j = job(plan, index);
-    const int64_t column = j.column * kColumns + mine;
+    const int64_t column = j.row * kColumns + mine;
     const bool exists = column < columns;
     const T* first = dy + (exists ? column : 0) * o_stride;
     A g = 0, s = 0;
@@ -84,35 +77,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int q = 1; q < kSharers; ++q) g += part[0][q][mine], s += part[1][q][mine];
       }
     }
-    if (sharer != 0 || !exists) continue;
-    if (j.slot >= 0) {
-      A* slot = slots + j.slot * 2 * kColumns + mine;
-      slot[0] = g, slot[kColumns] = s;
-    } else {
-      out.put(column, g, s);
-    }
+    if (sharer == 0) put_bias<kColumns>(j, mine, g, s, slots, columns, out);
   }
-}
-
-template <class A, int kColumns>
-__global__ void __launch_bounds__(kColumns)
-    add_columns(const A* slots, const int64_t columns, const Plan plan, const Moments out) {
-  const int64_t per_tile = plan.parts * plan.chunks;
-  const Job j = job(plan, plan.whole + blockIdx.x * per_tile);
-  const int64_t column = j.column * kColumns + threadIdx.x;
-  if (column >= columns) return;
-  const A* slot = slots + blockIdx.x * per_tile * 2 * kColumns + threadIdx.x;
-  A g = 0, s = 0;
-  for (int64_t part = 0; part < plan.parts; ++part) {
-    A G = 0;
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk, slot += 2 * kColumns) {
-      G += slot[0];
-      if (plan.chunks == 1) s += slot[kColumns];
-    }
-    g += G;
-    if (plan.chunks > 1) s += G * G;
-  }
-  out.put(column, g, s);
 }
 
 template <class T, Share kShare>
@@ -120,7 +86,7 @@ void launch_columns(const Bias& a, const Moments& out, const Device& device) {
   constexpr int kColumns = kColumnsOf<kShare>;
   constexpr bool kCut = kShare == Share::kPositions || kShare == Share::kWarps;
   // Several CTAs a multiprocessor keep enough loads in flight.
-  Plan p = plan(1, 1, a.O, 1, kColumns, a.B, a.T, kCut ? 64 : a.T, 8 * device.multiprocessors);
+  Plan p = plan(1, a.O, 1, kColumns, 1, a.B, a.T, kCut ? 64 : a.T, 8 * device.multiprocessors);
   void* slots = nullptr;
   if (p.slots() > 0) {
     slots = device.allocate(device.ctx,
@@ -128,8 +94,7 @@ void launch_columns(const Bias& a, const Moments& out, const Device& device) {
   }
   launch(column_moments<T, kShare>, {p.ctas, kThreads}, device.stream, static_cast<const T*>(a.dy),
          a.dy_stride[0], a.dy_stride[1], a.dy_stride[2], a.O, p, out, static_cast<Wide<T>*>(slots));
-  launch(add_columns<Wide<T>, kColumns>, {p.tiles() - p.whole, kColumns}, device.stream,
-         static_cast<const Wide<T>*>(slots), a.O, p, out);
+  launch_add_bias_slots<kColumns>(static_cast<const Wide<T>*>(slots), p, a.O, out, device);
 }
 
 }  // namespace

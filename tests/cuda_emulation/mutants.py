@@ -32,6 +32,9 @@ MUTANTS = {
         "the last piece of a run lost": ("i < pieces; ++i)", "i < pieces - (pieces > 1); ++i)"),
         "pieces looked up while those before are added": ("__syncthreads();  // the pieces before have been added", ""),
         "a chunk read before it is there": ("  __syncthreads();\n  const int64_t d =", "  const int64_t d ="),
+        "the first example of a row not squared": ("piece.s += piece.first * piece.first;", "piece.s += piece.first;"),
+        "the sum of an example between pieces lost": ("g += G + piece.g, s +=", "g += piece.g, s +="),
+        "a position counted in examples": ("from % a.T * a.dy_stride[1]", "from % a.B * a.dy_stride[1]"),
     },
     "norm": {
         "sums overwritten before they are read": ("__syncthreads();  // the sums before have been read", ""),
@@ -39,13 +42,14 @@ MUTANTS = {
         "the sums of channels not waited for": ("__syncthreads();  // the sums of all channels are there", ""),
         "the statistics of another example": ("a.constant ? group : b * a.groups + group", "group"),
         "a row in two parts": ("a.T * (part + 1) / parts;", "a.T * (part + 1) / parts + (part + 1 < parts);"),
+        "a sum in the place of a mean": ("mean_hx /= static_cast<A>(a.D);", ""),
+        "epsilon added to the standard deviation": (
+            "sqrt(squares / static_cast<A>(n) + eps)",
+            "(sqrt(squares / static_cast<A>(n)) + eps)",
+        ),
+        "the weight of another channel": ("group * channels + i / a.S)", "i / a.S)"),
     },
     "reduce": {
-        "chunks squared before they are added": ("if (plan.chunks == 1) s +=", "s +="),
-        "the sums of the last part lost": (
-            "part < plan.parts; ++part) {\n    A G",
-            "part < plan.parts - (plan.parts > 1); ++part) {\n    A G",
-        ),
         "the last positions dropped": ("for (; t < j.t1; t += t_step)", "for (; t + t_step < j.t1; t += t_step)"),
         "sums overwritten before they are added": (
             "        __syncthreads();\n        part[0][sharer][mine] = G;",
@@ -54,6 +58,14 @@ MUTANTS = {
         "threads' sums of positions squared apart": (
             "for (int q = 1; q < kSharers; ++q) G += part[0][q][mine];\n          add(G);",
             "for (int q = 1; q < kSharers; ++q) add(part[0][q][mine]);\n          add(G);",
+        ),
+        "the threads of a warp in the place of its columns": (
+            "? thread / 32 : thread % kColumns",
+            "? thread % kColumns : thread % kColumns",
+        ),
+        "an example of another stride": (
+            "const T* from = first + b * b_stride;",
+            "const T* from = first + b * t_stride;",
         ),
     },
     "conv": {
@@ -68,6 +80,8 @@ MUTANTS = {
             "positions * (chunk + 1) / chunks;",
             "positions * (chunk + 1) / chunks - (chunk + 1 < chunks);",
         ),
+        "the stride of the other dimension": ("int64_t{ys} * stride[1]", "int64_t{ys} * stride[2]"),
+        "the padding of the other dimension": ("stride[2] - padding[2]", "stride[2] - padding[1]"),
     },
     "optimizer": {
         "the second moment scaled once": ("inverse * inverse * (", "inverse * ("),
@@ -80,6 +94,9 @@ MUTANTS = {
             "    launch(count_examples, {1, kTensors}, device.stream, batch, o);\n"
             "    launch(step_batch<A>, {batch.first[batch.count], kThreads}, device.stream, batch, o);\n",
         ),
+        "corrected by the examples before this step": ("* o.seen_stride] + batch;", "* o.seen_stride] + 1e-300;"),
+        "the guard without the number of examples": ("slack * slack * batch", "slack * slack"),
+        "the state of the first tensor": ("start = batch.start[low];", "start = batch.start[0];"),
     },
 }
 NUMBERS = {name: i for i, name in enumerate((n for of in MUTANTS.values() for n in of), 1)}  # 0: as they are
@@ -145,10 +162,12 @@ def randn(*shape: int) -> Tensor:
 
 
 def embedding_cases(lib: Emulated, seed: int) -> None:
-    for indices in (torch.randint(3, (3, 40)), torch.ones(3, 300, dtype=torch.long)):
+    # Runs of several chunks, of one, and of a few positions.
+    for rows in (3, 1, 60):
+        indices = torch.randint(rows, (3, 300 if rows == 1 else 40)) + (rows == 1)
         dy = randn(*indices.shape, 4)
-        got = lib.embedding_moments(dy, indices, 4, 2, multiprocessors=132, seed=seed)
-        within(got, (dy, indices, 4, 2), OPS["embedding_moments"][0], torch.float32, "embedding")
+        got = lib.embedding_moments(dy, indices, rows + 1, 2, multiprocessors=132, seed=seed)
+        within(got, (dy, indices, rows + 1, 2), OPS["embedding_moments"][0], torch.float32, "embedding")
 
 
 def norm_cases(lib: Emulated, seed: int) -> None:
@@ -166,21 +185,22 @@ def norm_cases(lib: Emulated, seed: int) -> None:
 
 
 def reduce_cases(lib: Emulated, seed: int) -> None:
-    for shape, multiprocessors in (((3, 70, 40), 1), ((2, 900, 5), 2), ((30, 3, 33), 1)):
-        dy = randn(*shape)
+    sizes = (((3, 70, 40), 1), ((2, 900, 5), 2), ((30, 3, 33), 1))
+    of_rows = [(randn(*shape), multiprocessors) for shape, multiprocessors in sizes]
+    for dy, multiprocessors in (*of_rows, (randn(3, 13, 70).mT, 1)):
         got = lib.bias_moments(dy, multiprocessors=multiprocessors, seed=seed)
-        check(got, lambda b, d, dy=dy: dy[b].to(d).sum(0), shape[0], shape[2:], torch.float32)
+        check(got, lambda b, d, dy=dy: dy[b].to(d).sum(0), dy.shape[0], dy.shape[2:], torch.float32)
 
 
 def conv_cases(lib: Emulated, seed: int) -> None:
     for channels, outputs, groups in ((6, 12, 1), (6, 6, 6), (6, 12, 3)):
-        x = padded(randn(2, 10, 9, channels)).movedim(-1, 1)
-        dy = guarded(torch.randn(2, 10, 9, outputs)).movedim(-1, 1)
-        got = lib.conv_moments(dy, x, (3, 3), (1, 1), (1, 1), (1, 1), groups, seed=seed)
+        x = padded(randn(2, 18, 9, channels)).movedim(-1, 1)
+        dy = guarded(torch.randn(2, 8, 9, outputs)).movedim(-1, 1)
+        got = lib.conv_moments(dy, x, (3, 3), (2, 1), (0, 1), (1, 1), groups, seed=seed)
 
         def contribution(b: int, d: torch.dtype, x=x, dy=dy, groups=groups) -> Tensor:
             like = torch.empty(dy.shape[1], x.shape[1] // groups, 3, 3, dtype=d)
-            sides = ([1, 1], [1, 1], [1, 1], False, [0, 0], groups, [False, True, False])
+            sides = ([2, 1], [0, 1], [1, 1], False, [0, 0], groups, [False, True, False])
             one = dy[b : b + 1].to(d), x[b : b + 1].to(d)
             return torch.ops.aten.convolution_backward(*one, like, None, *sides)[1]
 
@@ -195,7 +215,7 @@ def optimizer_cases(lib: Emulated, seed: int) -> None:
     seen, flags = torch.tensor([5.0, 500.0, 500.0], dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
     state = [params, grads, sums, average, average.square() + 0.1, seen, flags]
     scalars = {"batch_size": torch.tensor(6.0), "lr": torch.tensor(1e-3), "grad_scale": torch.tensor(4.0)}
-    options = {"n_g": 20.0, "n_s": 100.0, "eps": 1e-8, "weight_decay": 0.1, "guard_rounds": 0, **scalars}
+    options = {"n_g": 20.0, "n_s": 100.0, "eps": 1e-8, "weight_decay": 0.1, "guard_rounds": 1, **scalars}
     flags_of_kind = dict(centered=False, squared_denominator=False, lr_times_eps=False, correct_g=True, correct_s=True)
     options |= flags_of_kind | {"power": False, "mean_reduction": True, "maximize": False}
     got, expected = ([[t.clone() for t in s] if isinstance(s, list) else s.clone() for s in state] for _ in range(2))
