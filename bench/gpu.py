@@ -354,6 +354,8 @@ def ncu() -> None:
             f"regex:{kernel}",
             "--launch-count",
             "1",
+            "--clock-control",  # clocks as in what is timed, and nobody else's changed
+            "none",
             "--log-file",
             str(target),
         )
