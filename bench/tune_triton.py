@@ -103,14 +103,14 @@ def candidates(row: Row) -> list[Tile]:
 def compiled(row: Row, tile: Tile) -> tuple[Tile, list[str]]:
     """The tile with as many programs planned on a multiprocessor as fit, and what is wrong with its kernels."""
     resident, found = MOST_RESIDENT, []
-    for dtype in row.dtypes:
+    for target, dtype in itertools.product(ahead.TARGETS[row.arch], row.dtypes):
         if row.table == "LINEAR":
-            made = [ahead.compile_linear(row.arch, row.key, dtype, tile)]
+            made = [ahead.compile_linear(row.arch, row.key, dtype, tile, target)]
             found += ahead.linear_problems(made[0], row.key, tile._replace(resident=1))
         else:
             made = []
             for size, odd in ahead.CONVOLUTIONS:
-                made.append(ahead.compile_conv(row.arch, row.key, size, tile, odd=odd))
+                made.append(ahead.compile_conv(row.arch, row.key, size, tile, odd=odd, target=target))
                 found += ahead.conv_problems(made[-1], row.key, size, tile._replace(resident=1), odd=odd)
         resident = min(resident, *(each.resident for each in made))
     return tile._replace(resident=max(1, resident)), found

@@ -34,6 +34,9 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 SHARED_PROGRAM = {80: 101376, 90: 232448, 100: 232448}
 SHARED_PROCESSOR = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS_PROCESSOR = 65536
+# What the kernels of an architecture are compiled for, to be looked at. Those of 8.0 also serve 8.6 and 8.9, for which
+# ptxas makes the same of them, and 12.x, where it ran out of registers in other places.
+TARGETS: dict[int, tuple[int, ...]] = {80: (80, 120), 90: (90,), 100: (100,)}
 
 
 class _Driver:
@@ -159,8 +162,11 @@ _read: dict[str, Compiled] = {}
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[Compiled]]:
-    """Within it every launch compiles for `arch` (80, 90 or 100) and appends to the list, in place of running."""
+def compiling(arch: int, target: int | None = None) -> Iterator[list[Compiled]]:
+    """Within it every launch compiles for `arch` (80, 90 or 100) and appends to the list, in place of running.
+
+    `target`: what to compile the kernels of `arch` for, if that is another.
+    """
     if _launch.INTERPRET:
         raise RuntimeError("ahead.compiling: TRITON_INTERPRET is set, so that there is nothing to compile")
     made: list[Compiled] = []
@@ -180,7 +186,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         stack.enter_context(triton.knobs.compilation.scope())
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
-        driver.set_active(_Driver(arch))
+        driver.set_active(_Driver(target or arch))
         try:
             yield made
         finally:
@@ -228,11 +234,13 @@ def operands(
     return dy, x
 
 
-def compile_linear(arch: int, row: LinearRow, dtype: torch.dtype, tile: configs.Tile | None = None) -> Compiled:
+def compile_linear(
+    arch: int, row: LinearRow, dtype: torch.dtype, tile: configs.Tile | None = None, target: int | None = None
+) -> Compiled:
     """The kernel that serves a row of configs.LINEAR, with another tile in its place if one is given."""
     kernel, kind, positions = row
     sizes = (768, 3072, 2048 if positions == 1 else 16, positions or 1024)
-    with row_is(configs.LINEAR, arch, row, tile), multiplying(kind), compiling(arch) as made:
+    with row_is(configs.LINEAR, arch, row, tile), multiplying(kind), compiling(arch, target) as made:
         linear.linear_moments(*operands(row, sizes, dtype), False)
     compiled = next(c for c in made if c.name != "_add_parts")
     if compiled.name != f"_{kernel.split(',')[0].replace(' ', '_')}":
@@ -258,7 +266,13 @@ def linear_problems(compiled: Compiled, row: LinearRow, tile: configs.Tile) -> l
 
 
 def compile_conv(
-    arch: int, kind: str, kernel_size: int, tile: configs.Tile | None = None, *, odd: bool = False
+    arch: int,
+    kind: str,
+    kernel_size: int,
+    tile: configs.Tile | None = None,
+    *,
+    odd: bool = False,
+    target: int | None = None,
 ) -> Compiled:
     """The kernel that serves a row of configs.CONV, of a 2-d convolution, with another tile if one is given.
 
@@ -268,10 +282,11 @@ def compile_conv(
         kernel_size: in both dimensions.
         tile: in place of the row's.
         odd: all sizes are odd, so that nothing can be loaded in vectors.
+        target: see `compiling`.
     """
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     dy, x = (torch.empty(64, channels - odd, 32 - odd, 32 - odd, dtype=dtype) for channels in (128, 64))
-    with row_is(configs.CONV, arch, kind, tile), multiplying(kind), compiling(arch) as made:
+    with row_is(configs.CONV, arch, kind, tile), multiplying(kind), compiling(arch, target) as made:
         conv.conv_moments(dy, x, [kernel_size] * 2, [1, 1], [kernel_size // 2] * 2, [1, 1], 1, False)
     return made[0]
 

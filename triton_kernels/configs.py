@@ -71,9 +71,9 @@ LINEAR: dict[int, LinearTable] = {
         ("pointer", "half", 0): Tile(128, 64, 32, 8, 4, 1),
         ("pointer, unaligned", "half", 0): Tile(64, 64, 32, 4, 3, 2),
         ("one position", "half", 1): Tile(64, 64, 16, 4, 3, 2),
-        ("one position, unaligned", "half", 1): Tile(64, 64, 32, 8, 3, 1),
+        ("one position, unaligned", "half", 1): Tile(64, 64, 16, 4, 3, 2),
         ("pointer", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
-        ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 4, 3, 2),
+        ("pointer, unaligned", "float32", 0): Tile(64, 64, 16, 8, 3, 2),
         ("one position", "float32", 1): Tile(64, 64, 16, 4, 3, 2),
         ("one position, unaligned", "float32", 1): Tile(64, 32, 16, 4, 2, 2),
         ("pointer", "tf32", 0): Tile(64, 64, 32, 4, 3, 2),
@@ -126,8 +126,8 @@ LINEAR: dict[int, LinearTable] = {
 CONV: dict[int, dict[str, Tile]] = {
     80: {
         "half": Tile(64, 64, 32, 4, 3, 2),
-        "float32": Tile(64, 32, 16, 4, 3, 2),
-        "tf32": Tile(64, 32, 32, 4, 2, 2),
+        "float32": Tile(32, 64, 16, 4, 2, 2),
+        "tf32": Tile(64, 32, 16, 4, 3, 2),
     },
     90: {
         "half": Tile(64, 64, 16, 4, 3, 2),

@@ -11,19 +11,23 @@ from perexample.triton_kernels.configs import Tile
 
 DTYPES = {"half": (torch.bfloat16,), "float32": (torch.float32,), "tf32": (torch.float32,)}
 ROWS = [
-    (arch, *row, dtype)
+    (arch, target, *row, dtype)
     for arch, table in configs.LINEAR.items()
+    for target in ahead.TARGETS[arch]
     for row in table
     # float16 differs where it is squared before the product.
     for dtype in (*DTYPES[row[1]], *((torch.float16,) if row[0].startswith("one") and row[1] == "half" else ()))
 ]
 
 
-@pytest.mark.parametrize(("arch", "kernel", "kind", "positions", "dtype"), ROWS, ids=str)
-def test_every_row_compiles_well(arch, kernel, kind, positions, dtype):
+@pytest.mark.parametrize(("arch", "target", "kernel", "kind", "positions", "dtype"), ROWS, ids=str)
+def test_every_row_compiles_well(arch, target, kernel, kind, positions, dtype):
     row = (kernel, kind, positions)
-    compiled = ahead.compile_linear(arch, row, dtype)
-    found = ahead.linear_problems(compiled, row, configs.LINEAR[arch][row])
+    compiled = ahead.compile_linear(arch, row, dtype, target=target)
+    tile = configs.LINEAR[arch][row]
+    if target != arch:  # whose multiprocessors hold less
+        tile = tile._replace(resident=1)
+    found = ahead.linear_problems(compiled, row, tile)
     assert not found, (found, compiled)
 
 

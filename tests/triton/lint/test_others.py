@@ -6,25 +6,26 @@ import pytest
 import torch
 from perexample.triton_kernels import ahead, configs, conv, embedding, norm, optimizer, recurrent
 
-ARCHS = tuple(configs.CONV)
-every_arch = pytest.mark.parametrize("arch", ARCHS)
+every_target = pytest.mark.parametrize(
+    ("arch", "target"), [(arch, target) for arch in configs.CONV for target in ahead.TARGETS[arch]]
+)
 
 
-@every_arch
+@every_target
 @pytest.mark.parametrize("kind", configs.CONV[90])
 @pytest.mark.parametrize(("kernel_size", "odd"), ahead.CONVOLUTIONS)
-def test_convolution(arch, kind, kernel_size, odd):
-    compiled = ahead.compile_conv(arch, kind, kernel_size, odd=odd)
+def test_convolution(arch, target, kind, kernel_size, odd):
+    compiled = ahead.compile_conv(arch, kind, kernel_size, odd=odd, target=target)
     assert compiled.name == "_implicit_gemm"
     found = ahead.conv_problems(compiled, kind, kernel_size, configs.CONV[arch][kind], odd=odd)
     assert not found, (found, compiled)
 
 
-@every_arch
-def test_what_only_adds_up(arch):
+@every_target
+def test_what_only_adds_up(arch, target):
     x = torch.empty(16, 64, 768, dtype=torch.bfloat16)
     image = torch.empty(16, 96, 32, 32, dtype=torch.bfloat16)
-    with ahead.compiling(arch) as made:
+    with ahead.compiling(arch, target) as made:
         norm.layer_norm_moments(x, x, None, None, torch.empty(768), 1e-5, [True] * 3)
         norm.rms_norm_moments(x, x, torch.empty(16, 64), torch.empty(768), 1e-5, [True] * 2)
         norm.group_norm_moments(image.flatten(2), image.flatten(2), None, None, torch.empty(96), 8, 1e-5, [True] * 3)
@@ -36,10 +37,10 @@ def test_what_only_adds_up(arch):
         assert not compiled.problems(), compiled
 
 
-@every_arch
+@every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cells(arch, dtype):
-    with ahead.compiling(arch) as made:
+def test_cells(arch, target, dtype):
+    with ahead.compiling(arch, target) as made:
         gates, states, weight = (torch.zeros(size, dtype=dtype) for size in ((1, 8, 64), (2, 8, 16), (64, 16)))
         recurrent.lstm_forward_(gates, states, states, weight, None, [], False)
         recurrent.lstm_backward_(gates, None, states[0], states[1], states[:1], gates, states, weight, None, [], False)
@@ -74,10 +75,10 @@ def step(dtype, grad_dtype, state, average, square, centered):
     )  # fmt: skip
 
 
-@every_arch
+@every_target
 @pytest.mark.parametrize("kind", STEPS)
-def test_step(arch, kind):
-    with ahead.compiling(arch) as made:
+def test_step(arch, target, kind):
+    with ahead.compiling(arch, target) as made:
         step(*STEPS[kind])
     assert [c.name for c in made] == ["_table", "_constants", "_step"]
     for compiled in made:
