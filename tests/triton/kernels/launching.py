@@ -1,5 +1,6 @@
 """Run a Triton launcher where it can run, and pretend to have another GPU where it is interpreted."""
 
+import contextlib
 import importlib
 from unittest import mock
 
@@ -42,6 +43,18 @@ def pretend(arch, processors=6):
     """In the interpreter, choose kernels and splits as for a GPU like this."""
     arch = 90 if arch is None else arch
     return mock.patch.object(_launch, "pretended", _launch.Device(arch, processors))
+
+
+@contextlib.contextmanager
+def multiplying(matmul, conv):
+    """PyTorch multiplies float32 like this."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [flag.fp32_precision for flag in flags]
+    for flag, value in zip(flags, (matmul, conv), strict=True):
+        flag.fp32_precision = value
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.fp32_precision = value
 
 
 class Launches(list):

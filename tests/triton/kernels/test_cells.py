@@ -43,7 +43,7 @@ def test_any_memory_layout():
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_lstm_at_the_ends_of_the_range():
-    values = torch.tensor([0.0, 1e-30, 1e-4, 0.2499, 0.2501, 0.3, 20.0, 50.0, 88.0, 1e4, 1e30, float("inf")])
+    values = torch.tensor([0.0, 1e-30, 1e-4, 0.2499, 0.2501, 0.45, 20.0, 50.0, 88.0, 1e4, 1e30, float("inf")])
     gates = torch.cat([values, -values])[None, None].repeat(1, 1, 4)
     expected = gates.double().view(4, -1)
     expected = torch.stack([x.tanh() if k == 2 else x.sigmoid() for k, x in enumerate(expected)]).view(1, 1, -1)

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import triton.language as tl
-from launching import DEVICE, Launches, every_arch, interpreted, launcher, pretend
+from launching import DEVICE, Launches, every_arch, interpreted, launcher, multiplying, pretend
 from opchecks import LAYOUTS, check_empty, check_moments, expanded, relaid
 from perexample.triton_kernels import linear
 
@@ -52,6 +52,8 @@ SHAPES = {
     (5, 37, 33, 50): "_pointer",
     (2, 70, 65, 131): "_pointer",
     (5, 2, 8, 7): "_pointer",
+    (1, 3, 600, 70): "_pointer",  # more than one group of tiles (`tile_of`)
+    (1, 3, 70, 600): "_pointer",
 }
 
 
@@ -127,6 +129,18 @@ def test_squares_of_one_bfloat16_position_keep_all_their_bits():
         expected = 3 * dy[0, 0, 0].double() ** 2 * x[0, 0, 0].double() ** 2
         assert (launcher("linear_moments")(dy, x, False)[1].double() == expected.float()).all()
         assert (launcher("linear_moments")(x, dy, False)[1].double() == expected.float()).all()
+
+
+@interpreted  # which multiplies in float32 whatever it is told
+@pytest.mark.parametrize("allowed", ["ieee", "tf32"])
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_as_precise_as_asked_for(dtype, positions, allowed):
+    with multiplying(allowed, "ieee" if allowed == "tf32" else "tf32"):
+        launches = check(*pair(3, positions, 16, 16, dtype), False)
+    squared_half = dtype == torch.float16 and positions == 1  # 22 bits
+    expected = "tf32x3" if squared_half else allowed if dtype == torch.float32 else "ieee"
+    assert launches[0][2]["PRECISION"] == expected
 
 
 def test_the_same_bits_on_every_run():

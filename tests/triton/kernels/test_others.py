@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from launching import DEVICE, Launches, interpreted, launcher, pretend
+from launching import DEVICE, Launches, interpreted, launcher, multiplying, pretend
 from opchecks import check_tensor, relaid, wide
+from perexample.triton_kernels import _launch
 from test_conv import problem
 
 from perexample.ops import OPS
@@ -36,6 +37,7 @@ def check(name, *arguments, **keywords):
     expected = reference(*cast(arguments, torch.float64), **keywords)
     stock = reference(*cast(arguments, wide(dtype)), **keywords)
     assert len(results) == len(expected)
+    assert [r.dtype for r in results] == [r.dtype for r in reference(*arguments, **keywords)]
     for i, (actual, e, s) in enumerate(zip(results, expected, stock, strict=True)):
         assert actual.shape == e.shape
         check_tensor(actual, e.double(), s, actual.dtype, f"{name}, result {i}")
@@ -105,6 +107,28 @@ def test_batch_norm(shape, dtype):
     if dtype == torch.float32:
         for mask in ([True, False, False], [False, True, False], [False, False, True]):
             check("batch_norm_moments", relaid(dy, "stepped"), x, *statistics, torch.randn(shape[1]).double(), mask)
+
+
+def test_norms_with_weights_and_statistics_that_are_not_dense():
+    def sparse(*shape):
+        return (torch.rand(*shape, 3) + 0.5)[..., 1]
+
+    dy, x = torch.randn(2, 3, 4, 6)
+    check("layer_norm_moments", dy, x, sparse(3, 4), sparse(3, 4), sparse(6), 1e-5, [True] * 3)
+    check("layer_norm_moments", dy, x, None, None, sparse(6), 1e-5, [True] * 3)
+    check("rms_norm_moments", dy, x, sparse(4, 3).T, sparse(6), 1e-5, [True] * 2)
+    check("group_norm_moments", dy, x, sparse(3, 2), sparse(3, 2), sparse(4), 2, 1e-5, [True] * 3)
+    check("batch_norm_moments", dy, x, sparse(4), sparse(4), sparse(4), [True] * 3)
+
+
+@interpreted  # which multiplies in float32 whatever it is told
+@pytest.mark.parametrize("allowed", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_convolutions_are_as_precise_as_asked_for(dtype, allowed):
+    dy, x = torch.randn(2, 2, 3, 5).to(dtype)
+    with multiplying("ieee" if allowed == "tf32" else "tf32", allowed):
+        launches = check("conv_moments", dy, x, [1], [1], [0], [1], 1, False)
+    assert launches[0][2]["PRECISION"] == (allowed if dtype == torch.float32 else "ieee")
 
 
 @pytest.mark.parametrize("name", ["layer_norm_moments", "group_norm_moments"])
@@ -204,6 +228,31 @@ def test_parts_of_the_batch_add_up(processors):
             check("bias_moments", x[0]),
         ):
             assert "_add_parts" in launches.names or processors == 1
+
+
+@interpreted
+def test_the_last_part_of_the_batch_may_be_shorter():
+    with pretend(90, processors=1):
+        launches = check("layer_norm_moments", *torch.randn(2, 7, 12, 6), None, None, torch.randn(6), 1e-5, [True] * 3)
+    assert next(grid for kernel, grid, _ in launches if kernel == "_affine")[1] == 4  # 2, 2, 2 and 1
+
+
+@interpreted
+def test_nothing_is_written_behind_an_output(monkeypatch):
+    blocks = []
+
+    def guarded(shape, like, dtype):
+        count, dtypes = math.prod(shape), (dtype, _launch.accumulate_dtype(like.dtype))
+        blocks.extend((count, torch.full((count + 64,), 7, dtype=d)) for d in dtypes)
+        return tuple(block[:count].view(shape) for count, block in blocks[-2:])
+
+    monkeypatch.setattr(_launch, "empty_moments", guarded)
+    check("embedding_moments", torch.randn(3, 4, 5), torch.randint(6, (3, 4)), 6)
+    check("bias_moments", torch.randn(3, 4, 5))
+    check("linear_moments", torch.randn(3, 4, 5), torch.randn(3, 4, 7), True)
+    check("conv_moments", torch.randn(3, 5, 4), torch.randn(3, 3, 6), [3], [1], [0], [1], 1, True)
+    check("layer_norm_moments", *torch.randn(2, 3, 4, 5), None, None, torch.randn(5), 1e-5, [True] * 3)
+    assert len(blocks) > 12 and all((block[count:] == 7).all() for count, block in blocks)
 
 
 def test_wrong_arguments_raise():

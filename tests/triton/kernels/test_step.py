@@ -186,6 +186,17 @@ def test_guard_accepts_what_rounding_does_and_flags_a_little_more(dtype, batch):
     assert group.step("triton", batch_size=float(batch), guard_rounds=0).violations.tolist() == [0, 1]
 
 
+def test_guard_allows_for_the_rounding_of_many_examples_and_of_the_smallest_numbers():
+    group = Group(((9,), (9,)), torch.float32)
+    of_many = torch.full((9,), 1000 * (1 + 900 * torch.finfo(torch.float32).eps))
+    group.grads, group.sums = [of_many, torch.ones(9)], [torch.full((9,), 1000.0), torch.ones(9)]
+    assert not group.step("triton", batch_size=1000.0, guard_rounds=1).violations.any()
+    group = Group(((9,),), torch.float16)
+    group.grads, group.sums = [torch.full((9,), 4e-8).half()], [torch.full((9,), 4e-8**2)]
+    assert float(group.grads[0][0]) > 5.9e-8  # rounded up by half
+    assert not group.step("triton", batch_size=1.0, guard_rounds=1).violations.any()
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_guard_leaves_infinite_gradients_to_others(bad):
     cases.test_guard_leaves_infinite_gradients_to_others("triton", bad)
