@@ -206,3 +206,22 @@ def test_a_weight_of_another_converted_model():
     with raises(ValueError, message):
         model[0].weight = other[0].weight
     assert_nothing_lost(model, x=randn(6, 4), y=randn(6, 4, seed=1))
+
+
+@pytest.mark.parametrize("between", [nn.Identity, nn.ReLU])
+def test_double_backward(between):
+    """Also where nothing between the layers would notice: the penalty's part of the gradient would be missing."""
+    model = px.convert(nn.Sequential(nn.Linear(5, 5), between(), nn.Linear(5, 3)).double())
+    x = X.clone().requires_grad_()
+    message = (
+        "a backward pass with create_graph=True went to a converted model, whose layers have no double backward; make "
+        "a gradient that is differentiated again (a gradient penalty, say) of a forward pass under px.no_moments()"
+    )
+    with raises(RuntimeError, message):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with px.no_moments():
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    assert model[0].weight.grad.any()
+    model.zero_grad()
+    assert_nothing_lost(model, x=X, y=torch.zeros_like(model(X)))

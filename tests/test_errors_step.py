@@ -14,7 +14,7 @@ import perexample as px
 OPTIONS = {
     "lr negative": (ValueError, {"lr": -1.0}, "Adam: lr must be at least 0, got -1.0"),
     "lr nan": (ValueError, {"lr": float("nan")}, "Adam: lr must be at least 0, got nan"),
-    "lr inf": (ValueError, {"lr": float("inf")}, "Adam: lr must be at least 0, got inf"),
+    "lr inf": (ValueError, {"lr": float("inf")}, "Adam: lr must be finite, got inf"),
     "lr text": (TypeError, {"lr": "1e-3"}, "Adam: lr must be a number, got str"),
     "lr bool": (TypeError, {"lr": True}, "Adam: lr must be a number, got bool"),
     "lr shape": (ValueError, {"lr": torch.ones(2)}, "Adam: lr must be a scalar tensor, got shape (2,)"),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 __all__ = ["count_examples"]
 
@@ -27,9 +26,15 @@ class _CountExamples(Function):
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.note is not None:
+            # once_differentiable, which the layers have, says nothing where no gradient that arrives requires grad.
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "a backward pass with create_graph=True went to a converted model, whose layers have no double "
+                    "backward; make a gradient that is differentiated again (a gradient penalty, say) of a forward "
+                    "pass under px.no_moments()"
+                )
             ctx.note(ctx.batch)
         examples = torch.full((), ctx.batch, dtype=ctx.dtype, device=ctx.device)
         return examples, torch.ones((), device=ctx.device), None, None, *grads

@@ -27,8 +27,10 @@ def check_number(owner: str, name: str, value: Any, low: float, finite: bool = T
     """Raise unless `value` is a number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    if not float(value) >= low or (finite and math.isinf(value)):
+    if not float(value) >= low:
         raise ValueError(f"{owner}: {name} must be at least {low:g}, got {value}")
+    if finite and math.isinf(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
 
 
 def check_choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
