@@ -19,11 +19,11 @@ from perexample import _triton
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "triton_kernels"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-# Name -> environment. PEREXAMPLE_TEST_TRITON: another interpreter, with another Triton, to lint with as well.
-SUITES = {"kernels": {"TRITON_INTERPRET": "1"}, "lint": {}}
+# Name -> environment. PEREXAMPLE_TEST_TRITON: another interpreter, with another Triton, that runs them as well.
+SUITES: dict[str, dict[str, str]] = {"kernels": {"TRITON_INTERPRET": "1"}, "lint": {}}
 OTHER = os.environ.get("PEREXAMPLE_TEST_TRITON", "")
 if OTHER:
-    SUITES["lint, other Triton"] = {}
+    SUITES |= {f"{name}, other Triton": environment for name, environment in SUITES.items()}
 
 
 class Suite(NamedTuple):

@@ -12,6 +12,11 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/triton/kernels needs a GPU, or TRITON_INTERPRET=1")
 
 
+def pytest_configure(config):
+    # What the interpreter of Triton 3.6 does with its own arrays; NumPy 2.4 no longer allows it.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan(seeded_and_restored):
     torch.set_num_threads(1)
