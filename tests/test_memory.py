@@ -8,10 +8,11 @@ import dataclasses
 import pytest
 import torch
 from test_layer_cases import Batched
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import perexample as px
+from perexample.convert import LAYERS
 from perexample.testing import LayerCase
 
 pytestmark = [
@@ -35,6 +36,7 @@ LARGE = (
     LayerCase("MultiheadAttention", (64, 4), ((2, 2, 64),), batch_dim=1),
     LayerCase("TransformerEncoderLayer", (48, 4, 96, 0.0), ((2, 2, 48),), batch_dim=1),
     LayerCase("TransformerDecoderLayer", (48, 4, 96, 0.0), ((2, 2, 48), (2, 2, 48)), batch_dim=1),
+    LayerCase("Transformer", (32, 4, 1, 1, 64, 0.0), ((2, 2, 32), (2, 2, 32)), batch_dim=1),
     LayerCase("LSTM", (48, 48), ((2, 3, 48),), batch_dim=1),
     LayerCase("GRU", (48, 48), ((2, 3, 48),), batch_dim=1),
     LayerCase("RNN", (96, 96), ((2, 3, 96),), batch_dim=1),
@@ -48,9 +50,47 @@ PER_CHANNEL = (
     (LayerCase("LayerNorm", (1024,), ((2, 4, 1024),)), ((2, 8, 1024),)),
     (LayerCase("RMSNorm", (1024,), ((2, 4, 1024),)), ((2, 8, 1024),)),
     (LayerCase("GroupNorm", (4, 256), ((2, 256, 4, 8),)), ((2, 256, 8, 8),)),
+    (LayerCase("InstanceNorm1d", (256,), ((2, 256, 32),), {"affine": True}), ((2, 256, 64),)),
     (LayerCase("InstanceNorm2d", (256,), ((2, 256, 4, 8),), {"affine": True}), ((2, 256, 8, 8),)),
+    (LayerCase("InstanceNorm3d", (256,), ((2, 256, 2, 4, 4),), {"affine": True}), ((2, 256, 4, 4, 4),)),
+    (LayerCase("BatchNorm1d", (256,), ((2, 256, 32),)), ((2, 256, 64),)),
+    (LayerCase("BatchNorm2d", (256,), ((2, 256, 4, 8),)), ((2, 256, 8, 8),)),
+    (LayerCase("BatchNorm3d", (256,), ((2, 256, 2, 4, 4),)), ((2, 256, 4, 4, 4),)),
+    (LayerCase("SyncBatchNorm", (256,), ((2, 256, 4, 8),)), ((2, 256, 8, 8),)),
     (LayerCase("PReLU", (256,), ((2, 256, 4, 8),)), ((2, 256, 8, 8),)),
 )
+# These are in the tables as parts: of a Transformer, and an attention's projection.
+INSIDE = {"TransformerEncoder", "TransformerDecoder", "NonDynamicallyQuantizableLinear"}
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, recognised by what it computes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(x.shape)
+
+
+class RMSNorm(nn.Module):
+    """Llama's norm, recognised likewise."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+def stock_of(case: LayerCase) -> nn.Module:
+    """The layer of `case` as a model; a BatchNorm in the mode in which it is served."""
+    model = Batched(case)
+    if isinstance(model.layer, nn.modules.batchnorm._BatchNorm):
+        model.layer.eval()
+    return model
 
 
 def peak(model: nn.Module, case: LayerCase, batch: int) -> int:
@@ -85,18 +125,38 @@ def bytes_of_parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_no_temporary_grows_as_examples_times_parameters(case):
-    stock = Batched(case)
+    stock = stock_of(case)
     more = growth(px.convert(copy.deepcopy(stock)), case) - growth(stock, case)
     assert more < bytes_of_parameters(stock) / 4
 
 
 @pytest.mark.parametrize(("case", "longer"), PER_CHANNEL, ids=lambda value: str(value) if "(" in str(value)[1:] else "")
 def test_no_temporary_grows_as_examples_times_channels(case, longer):
-    stock = Batched(case)
+    stock = stock_of(case)
     ours = px.convert(copy.deepcopy(stock))
     twice = dataclasses.replace(case, shapes=longer)
     fixed = [2 * growth(model, case) - growth(model, twice) for model in (ours, stock)]
     assert fixed[0] - fixed[1] < bytes_of_parameters(stock) / 4
+
+
+def test_every_class_with_a_kernel_is_in_the_tables():
+    classes = {stock.__name__ for stock in LAYERS}
+    assert classes == INSIDE | {case.name for case in (*LARGE, *(case for case, _ in PER_CHANNEL))}
+
+
+def test_no_temporary_grows_in_lookalikes():
+    linear = nn.Sequential(Conv1D(96))
+    norms = [nn.Sequential(RMSNorm(1024)) for _ in range(2)]
+    for model in (linear, norms[0]):
+        assert px.convert(model, dry_run=True)[0].how == "kernel"
+    case = LayerCase("Linear", (96, 96), ((2, 4, 96),))
+    more = growth(px.convert(copy.deepcopy(linear)), case) - growth(linear, case)
+    assert more < bytes_of_parameters(linear) / 4
+    (case, longer) = next(row for row in PER_CHANNEL if row[0].name == "RMSNorm")
+    px.convert(norms[0])
+    twice = dataclasses.replace(case, shapes=longer)
+    fixed = [2 * growth(model, case) - growth(model, twice) for model in norms]
+    assert fixed[0] - fixed[1] < bytes_of_parameters(norms[0]) / 4
 
 
 def test_where_a_temporary_does_grow_it_is_measured():
