@@ -322,6 +322,7 @@ REFUSED = {
     "autograd function": (lambda n, x, p: Times.apply(x, p), "an autograd Function"),
     "look-up that mixes": (lambda n, x, p: F.embedding(tokens(x), p, scale_grad_by_freq=True), "scale_grad_by_freq"),
     "a product in place": (lambda n, x, p: x[:, 1].clone().addmm_(x[:, 0], p.expand(3, 3)), "'addmm'"),
+    "by strides": (lambda n, x, p: x * p.as_strided((3,), (1,)), "'as_strided'"),
     "another layer's weight": (lambda n, x, p: (x * p) + p @ n.fc.weight, "a parameter read from another layer"),
     "batch second": (lambda n, x, p: x.transpose(0, 1) * p, "where the batch has 4 examples"),
 }

@@ -61,6 +61,8 @@ class Rule(Meeting):
             return self.set_item()
         if names.in_place(self.func) and isinstance(self.args[0], PerExample):
             self.refuse("in place")
+        if name.startswith("as_strided"):
+            self.refuse("which reads memory by its strides; the copies share theirs")
         if name in ("to", "type_as", "view_as", "reshape_as", "expand_as"):
             self.resolve_like()
             name = self.name
