@@ -321,6 +321,18 @@ def test_dry_run_of_a_single_layer_and_of_a_converted_model():
     assert str(px.convert(px.convert(model), dry_run=True)) == expected
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 2), nn.Embedding(5, 4), nn.GRUCell(4, 4)])
+def test_looking_at_a_parametrization_does_not_move_it_on(layer):
+    name = "weight_hh" if isinstance(layer, nn.GRUCell) else "weight"
+    model = nn.Sequential(parametrizations.spectral_norm(layer, name))  # a step of its power iteration for each read
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    px.convert(model, dry_run=True)
+    px.convert(model)
+    px.convert(px.convert(model), dry_run=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_convert_returns_the_model_and_prints_nothing(capsys):
     model = mlp()
     assert px.convert(model) is model

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..moments import ExampleCount, MomentModule, moment_of
 from ..nn.embedding import unsupported_embedding
@@ -94,7 +95,10 @@ def _computed(module: nn.Module) -> str:
             "bias_v",
         )
     for name in names:
-        if module._parameters.get(name) is None and isinstance(getattr(module, name, None), Tensor):
+        if module._parameters.get(name) is not None:
+            continue
+        # Reading what a parametrization computes may change its buffers: spectral_norm moves on with each read.
+        if parametrize.is_parametrized(module, name) or isinstance(getattr(module, name, None), Tensor):
             return name
     return ""
 
@@ -149,7 +153,7 @@ def _refusal(module: nn.Module, own: dict[str, Tensor], examples: ExampleCount |
         if why:
             return why
     computed = _computed(module)
-    if computed:
+    if computed and not parametrize.is_parametrized(module, computed):
         value = getattr(module, computed)
         if isinstance(value, Tensor) and value.requires_grad and value.is_leaf and not isinstance(module, Fallback):
             return f"its {computed} is a tensor that is no parameter; make it a torch.nn.Parameter"
