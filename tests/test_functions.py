@@ -81,3 +81,11 @@ def test_gradcheck(function):
     if function in ("GRU", "RNN"):
         inputs[2].requires_grad_(False)  # they have no cells
     assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_a_second_differentiation_raises():
+    x, w = randn(3, 2, 2).requires_grad_(), randn(2, 2).requires_grad_()
+    y = autograd.linear(x, w, None, leaf_of(w), None, None)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

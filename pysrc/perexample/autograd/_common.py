@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd import function as autograd_function
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
@@ -21,6 +23,7 @@ __all__ = [
     "call_of",
     "cast",
     "check_dtype",
+    "once_differentiable",
     "one_use",
     "ops",
     "owned",
@@ -30,6 +33,17 @@ __all__ = [
 ]
 
 ops = torch.ops.perexample
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's, of which nothing needs to run where gradients are off already, as in nearly every backward pass."""
+    checked = autograd_function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> Any:
+        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return once
 
 
 def _autocasts(x: Tensor) -> bool:

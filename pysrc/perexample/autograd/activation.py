@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, apply, call_of, cast, one_use, ops, sum_positions
+from ._common import add_small, apply, call_of, cast, once_differentiable, one_use, ops, sum_positions
 
 __all__ = ["prelu"]
 

@@ -8,11 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype, chunk_rows
-from ._common import add_small, add_uses, autocast, call_of, check_dtype, one_use, ops, owned, rows, sum_positions
+from ._common import (
+    add_small,
+    add_uses,
+    autocast,
+    call_of,
+    check_dtype,
+    once_differentiable,
+    one_use,
+    ops,
+    owned,
+    rows,
+    sum_positions,
+)
 
 __all__ = ["bilinear"]
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
 from ..ops.embedding import bag_lengths, bag_positions
-from ._common import add_uses, call_of, one_use, ops
+from ._common import add_uses, call_of, once_differentiable, one_use, ops
 
 __all__ = ["embedding", "embedding_bag"]
 
@@ -42,8 +41,9 @@ class _Embedding(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        batch, positions = indices.shape[0], indices.shape[1:].numel()
-        dy, indices = dy.reshape(batch, positions, dy.shape[-1]), indices.reshape(batch, positions)
+        if indices.dim() != 2:
+            batch, positions = indices.shape[0], indices.shape[1:].numel()
+            dy, indices = dy.reshape(batch, positions, dy.shape[-1]), indices.reshape(batch, positions)
         dw, dw_sq = ops.embedding_moments(dy, indices, ctx.rows, ctx.padding_idx, ctx.grad_dtype)
         uses = None if ctx.call is None else ctx.call.shared(0)
         if uses is not None:
@@ -79,12 +79,20 @@ class _EmbeddingBag(Function):
         y, _, sizes, largest = torch.embedding_bag(
             weight, indices, offsets, False, _MODES.index(mode), False, factors, False, padding_idx
         )
-        ctx.save_for_backward(weight, factors, indices, offsets, sizes, largest if mode == "max" else None)
+        # Where bags are alike, and every index counts once, an embedding with one dy for all that a bag looks up.
+        ctx.alike = mode != "max" and bool(length) and factors is None and padding_idx is None
+        if ctx.alike:
+            ctx.rows, ctx.grad_dtype = weight.shape[0], weight.dtype
+            ctx.save_for_backward(indices)
+        else:
+            ctx.save_for_backward(weight, factors, indices, offsets, sizes, largest if mode == "max" else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.alike:
+            return _alike_bags(ctx, dy)
         weight, factors, indices, offsets, sizes, largest = ctx.saved_tensors
         want_factors, want_weight, want_uses = ctx.needs_input_grad[1:4]
         dw = dw_sq = dfactors = None
@@ -131,6 +139,20 @@ class _EmbeddingBag(Function):
 
 
 _MODES = ("sum", "mean", "max")
+
+
+def _alike_bags(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of bags of sums or means of `ctx.length` indices each."""
+    (indices,) = ctx.saved_tensors
+    table = indices.view(-1, ctx.length)
+    if ctx.mode == "mean":
+        dy = dy / ctx.length
+    positions = dy.unsqueeze(1).expand(-1, ctx.length, -1)
+    dw, dw_sq = ops.embedding_moments(positions, table, ctx.rows, -1, ctx.grad_dtype)
+    shared = None if ctx.call is None else ctx.call.shared(0)
+    if shared is not None:
+        dw_sq = shared.add_rows(None, positions, table, -1, dw_sq)
+    return dw, None, dw_sq, one_use(dy, ctx.needs_input_grad[3]), None, None, None, None, None
 
 
 def embedding_bag(

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops._library import accumulate_dtype
-from ._common import add_uses, apply, call_of, one_use, ops, owned, shaped
+from ._common import add_uses, apply, call_of, once_differentiable, one_use, ops, owned, shaped
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -144,7 +143,9 @@ def _moments(
     `tensors` have the batch as dimension 0. The op returns dx, and for each parameter wanted its moments.
     """
     results = op(*tensors, *rest, want)
-    shared = [] if call is None else [i for i in range(len(want) - 1) if want[1 + i] and call.shared(i) is not None]
+    if call is None:
+        return results
+    shared = [i for i in range(len(want) - 1) if want[1 + i] and call.shared(i) is not None]
     if shared:
         results = list(results)
         for which in shared:

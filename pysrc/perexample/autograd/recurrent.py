@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
 from ..ops.recurrent import after_and_before
-from ._common import add_small, autocast, call_of, check_dtype, one_use, ops, sum_positions
+from ._common import add_small, autocast, call_of, check_dtype, once_differentiable, one_use, ops, sum_positions
 
 __all__ = ["Parameters", "recurrent", "recurrent_dtypes"]
 

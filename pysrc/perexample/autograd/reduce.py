@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..moments.uses import Call
-from ._common import add_small, call_of, one_use, ops
+from ._common import add_small, call_of, once_differentiable, one_use, ops
 
 __all__ = ["expand"]
 

@@ -125,8 +125,10 @@ class ExampleCount:
         A pass lasts until the engine says so: reentrant checkpointing runs backward passes inside of one. One that
         raised never says so; then the next forward pass of the model does, or without a model the next backward pass.
         """
+        if self._in_round and self.rooted:
+            return
         task = torch._C._current_graph_task_id()
-        if self._in_round and (self.rooted or task == self._task):
+        if self._in_round and task == self._task:
             return
         self._in_round, self._task, self.touched, self.counted = True, task, "", False
         torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
@@ -177,12 +179,14 @@ class ExampleCount:
                         moment.ambiguous, moment.leaf_rounds = True, -1
                 else:
                     cleared.append(moment)
-        self.drop(cleared)
-        if everything and not self.alive():
+        if not self.drop(cleared) and everything and not self.alive():
             self.clear()
 
-    def drop(self, moments: Iterable[Moment]) -> None:
-        """Drop `moments`; the count goes with the last one, and till then is remembered as their base."""
+    def drop(self, moments: Iterable[Moment]) -> bool:
+        """Drop `moments`; the count goes with the last one, and till then is remembered as their base.
+
+        Returns whether it went.
+        """
         dropped = []
         for moment in moments:
             moment.live = moment.eager = moment.ambiguous = False
@@ -191,7 +195,7 @@ class ExampleCount:
                 moment.leaf.grad = moment.uses.grad = None
             dropped.append(moment)
         if not dropped:
-            return
+            return False
         if self.alive():
             bases: dict[tuple[str, ...], Base | None] = {}
             for moment in dropped:
@@ -199,8 +203,9 @@ class ExampleCount:
                     total = self.total_of(moment.roots)
                     bases[moment.roots] = None if total is None else Base(total.clone(), self.rounds)
                 moment.base = bases[moment.roots]
-        else:
-            self.clear()
+            return False
+        self.clear()
+        return True
 
     def clear(self) -> None:
         for leaf, passes in self.roots.values():
