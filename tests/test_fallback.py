@@ -57,6 +57,10 @@ def tokens(x):
     return (x.detach()[..., 0] * 3).long() % 5
 
 
+def positions(x):
+    return torch.arange(25.0, dtype=x.dtype).sin().view(5, 5)
+
+
 # x is (B, 5, 3) and comes out of a layer.
 CASES = {
     "cls and positions": (lambda n, x, c, p: torch.cat([c.expand(len(x), -1, -1), x], 1) + p, (1, 1, 3), (1, 6, 3)),
@@ -91,6 +95,19 @@ CASES = {
         lambda n, x, t: F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=t)[:, 0],
         (1, 1, 5, 5),
     ),
+    "attention with a mask by name": (
+        lambda n, x, q: F.scaled_dot_product_attention(q.expand(len(x), -1, -1), x, x, attn_mask=positions(x)),
+        (5, 3),
+    ),
+    "attention by names": (
+        lambda n, x, q: F.scaled_dot_product_attention(
+            query=q.expand(len(x), 1, -1, -1), key=x[:, None], value=x[:, None], attn_mask=positions(x)
+        )[:, 0],
+        (5, 3),
+    ),
+    "product by names": (lambda n, x, w: torch.matmul(input=x, other=w), (3, 4)),
+    "products of batches by name": (lambda n, x, w: torch.bmm(x, mat2=w.expand(len(x), 3, 2)), (3, 2)),
+    "filled": (lambda n, x, p: x.masked_fill(x.detach() > 0, p), ()),
     "where": (lambda n, x, p: torch.where(x.detach()[..., :1] > 0, p, x), (3,)),
     "set item": (set_item, (3,)),
     "in place": (in_place, (3,)),
@@ -324,6 +341,7 @@ REFUSED = {
     "a product in place": (lambda n, x, p: x[:, 1].clone().addmm_(x[:, 0], p.expand(3, 3)), "'addmm'"),
     "by strides": (lambda n, x, p: x * p.as_strided((3,), (1,)), "'as_strided'"),
     "another layer's weight": (lambda n, x, p: (x * p) + p @ n.fc.weight, "a parameter read from another layer"),
+    "a hook on its gradient": (lambda n, x, p: (p.register_hook(lambda grad: 2 * grad), x * p)[1], "'register_hook'"),
     "batch second": (lambda n, x, p: x.transpose(0, 1) * p, "where the batch has 4 examples"),
 }
 

@@ -15,7 +15,7 @@ CONSTANT = frozenset(
     "eq ne lt le gt ge isnan isinf isfinite isclose allclose equal argmax argmin argsort sign detach is_same_size "
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor "
     "result_type can_cast is_tensor is_nonzero any all count_nonzero nonzero untyped_storage storage "
-    "is_pinned is_shared is_inference broadcast_shapes is_storage register_hook".split()
+    "is_pinned is_shared is_inference broadcast_shapes is_storage".split()
 )
 ATTRIBUTES_MAPPED = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 
@@ -57,6 +57,19 @@ LAYERS: dict[str, tuple[int | str, ...]] = {
 SEQUENCE_FIRST = frozenset(("linear", "layer_norm", "rms_norm", "embedding", "cat", "concat", "concatenate"))
 RANDOM = ("dropout", "rand", "bernoulli", "normal", "multinomial", "gumbel", "rrelu")
 
+# The names of the arguments, in their order, where a rule goes by the order.
+ORDERS: dict[str, tuple[str, ...]] = {
+    "matmul": ("input", "other"),
+    "mm": ("input", "mat2"),
+    "bmm": ("input", "mat2"),
+    "addmm": ("input", "mat1", "mat2"),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask"),
+    "masked_fill": ("input", "mask", "value"),
+    "broadcast_to": ("input", "size"),
+    "tile": ("input", "dims"),
+}
+
 KEEPS_ROWS = frozenset(  # of functions of one tensor: those that work on elements, or on what a row contains
     "to float double half bfloat16 type type_as contiguous clone neg negative exp log sqrt rsqrt square abs sin cos "
     "tanh sigmoid relu gelu silu elu selu mish softplus leaky_relu reciprocal erf".split()
@@ -64,7 +77,7 @@ KEEPS_ROWS = frozenset(  # of functions of one tensor: those that work on elemen
 SWAPS = frozenset("transpose swapaxes swapdims movedim moveaxis".split())
 ALONG = frozenset("softmax log_softmax sum mean amax amin logsumexp cumsum".split())  # a dimension, or some
 RESHAPES = frozenset("view reshape flatten unflatten".split())
-NATIVE = frozenset("__len__ __hash__ register_hook size stride dim ndimension numel nelement".split())
+NATIVE = frozenset("__len__ __hash__ size stride dim ndimension numel nelement".split())
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -77,6 +90,16 @@ def name_of(func: Callable[..., Any]) -> str:
     if name.startswith("__") and bare[:1] in ("r", "i") and bare[1:] in ELEMENTWISE | {"matmul"}:
         return bare[1:]
     return bare
+
+
+def in_order(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, those that `ORDERS` knows by their places, wherever those before them are given."""
+    kwargs = dict(kwargs)
+    for argument in ORDERS.get(name, ())[len(args) :]:
+        if argument not in kwargs:
+            break
+        args = (*args, kwargs.pop(argument))
+    return args, kwargs
 
 
 def keeps_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -57,12 +57,18 @@ class Rule(Meeting):
 
     def apply(self) -> Any:
         name = self.name
+        self.args, self.kwargs = names.in_order(name, self.args, self.kwargs)
         if name == "setitem":
             return self.set_item()
         if names.in_place(self.func) and isinstance(self.args[0], PerExample):
             self.refuse("in place")
         if name.startswith("as_strided"):
             self.refuse("which reads memory by its strides; the copies share theirs")
+        if name == "register_hook":
+            self.refuse("which would have to see the gradients of all examples together")
+        if name == "masked_fill" and not names.in_place(self.func) and isinstance(self.args[2], PerExample):
+            x, mask, value = self.args  # a scalar, of which each example has one
+            return call(torch.where, (mask, value, x), {})
         if name in ("to", "type_as", "view_as", "reshape_as", "expand_as"):
             self.resolve_like()
             name = self.name
