@@ -1,6 +1,7 @@
 """Every op: opcheck, fake against real, the same bits on every run and any number of threads, and who serves it."""
 
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -215,6 +216,17 @@ def test_every_op_has_a_reference_a_fake_and_the_tag_of_compilers(name):
     assert torch.Tag.pt2_compliant_tag in kernel(name).tags
     assert torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None
     assert callable(getattr(perexample.ops, name))
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_moments", "conv_moments", "embedding_moments", "bias_moments", "reduce_moments"]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"])
+def test_a_gradient_of_another_dtype_is_refused(name, dtype):
+    arguments, keywords = samples(name)[0]
+    message = f"{name}: dtype must be float64, float32, bfloat16 or float16, got {dtype}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(perexample.ops, name)(*arguments, **keywords, dtype=dtype)
 
 
 @every_op

@@ -75,8 +75,10 @@ def check_tensor(op: str, name: str, value: Any, expected: str, ok: bool) -> Non
         raise ValueError(f"{op}: {name} must be {expected}, got {tuple(value.shape)}")
 
 
-def check_floating(op: str, **tensors: Tensor) -> None:
-    """Raise unless all tensors share one supported floating dtype and one device."""
+def check_floating(op: str, dtype: torch.dtype | None = None, /, **tensors: Tensor) -> None:
+    """Raise unless all tensors share one supported floating dtype and one device, and `dtype`, if given, is one too."""
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"{op}: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
         if value.dtype not in FLOATING:

@@ -122,7 +122,7 @@ def conv_moments(
         f"(B={batch}, C, *in) of {dy.dim()} dimensions",
         isinstance(x, Tensor) and x.dim() == dy.dim() and x.shape[0] == batch,
     )
-    check_floating(name, dy=dy, x=x)
+    check_floating(name, dtype, dy=dy, x=x)
     spatial = dy.dim() - 2
     for argument, values, least in (
         ("kernel_size", kernel_size, 1),

@@ -60,7 +60,7 @@ def embedding_moments(
     """
     name = "embedding_moments"
     check_tensor(name, "dy", dy, "of shape (B, T, D)", isinstance(dy, Tensor) and dy.dim() == 3)
-    check_floating(name, dy=dy)
+    check_floating(name, dtype, dy=dy)
     batch, positions = dy.shape[:2]
     check_tensor(
         name,

@@ -84,5 +84,5 @@ def linear_moments(
         f"(B={batch}, T={positions}, I)",
         isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == dy.shape[:2],
     )
-    check_floating("linear_moments", dy=dy, x=x)
+    check_floating("linear_moments", dtype, dy=dy, x=x)
     return _op(dy, x, bias, dtype)

@@ -44,7 +44,7 @@ def bias_moments(dy: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, 
         G.sum(0), G.square().sum(0)
     """
     check_tensor("bias_moments", "dy", dy, "of shape (B, T, O)", isinstance(dy, Tensor) and dy.dim() == 3)
-    check_floating("bias_moments", dy=dy)
+    check_floating("bias_moments", dtype, dy=dy)
     return _bias_op(dy, dtype)
 
 
@@ -82,5 +82,5 @@ def reduce_moments(grad: Tensor, dtype: torch.dtype | None = None) -> tuple[Tens
         grad.sum(0), grad.square().sum(0)
     """
     check_tensor("reduce_moments", "grad", grad, "of shape (B, *shape)", isinstance(grad, Tensor) and grad.dim() >= 1)
-    check_floating("reduce_moments", grad=grad)
+    check_floating("reduce_moments", dtype, grad=grad)
     return _reduce_op(grad, dtype)
