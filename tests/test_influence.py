@@ -139,7 +139,82 @@ class TestTheBatch:
         weighted_sum(output, weights).backward()
         looked = len(FORWARDS)
         assert_moments(model, oracle(model, weighted_sum, X, weights, reduction="sum"))
-        assert looked == 4  # it was not clear
+        # What no example changes a layer sees with fewer as well.
+        alone = how == "joined" or (how == "nothing of the input" and not fallback)
+        assert looked == 4 + alone  # it was not clear
+
+
+def state(m, x):
+    """Of the pass before: the examples' own rows, of as many as there were then."""
+    m.state = m.second(getattr(m, "state", x.new_zeros(len(x), SAME)).detach() + 1)[:, :1].expand(-1, SAME)
+    return m.state
+
+
+WITHOUT_BATCH = {
+    "a table": lambda m, x: m.second(torch.eye(SAME).to(x)),
+    "a table of another width": lambda m, x: m.wide(torch.ones(SAME, 3).to(x)),
+    "pairs of positions": lambda m, x: m.pairs((torch.arange(SAME)[:, None] - torch.arange(SAME)).abs()).squeeze(-1),
+}
+ROWS_OF_THE_BATCH = {
+    "zeros": lambda m, x: m.second(x.new_zeros(len(x), SAME))[:, None],
+    "noise": lambda m, x: m.second(torch.randn(len(x), SAME, generator=torch.Generator().manual_seed(0)).to(x))[
+        :, None
+    ],
+    "kept": lambda m, x: state(m, x)[: len(x), None],
+}
+
+
+class WithTables(Model):
+    """What it computes of x, plus what is computed of something else."""
+
+    def __init__(self, body):
+        super().__init__(body)
+        self.wide, self.pairs = nn.Linear(3, 3), nn.Embedding(SAME, 1)
+
+    def forward(self, x):
+        return self.first(x)[..., :1] + self.body(self, x)
+
+
+class TestWhatNoExampleChanges:
+    @pytest.mark.parametrize("how", WITHOUT_BATCH)
+    def test_rows_that_are_no_examples_are_refused(self, how):
+        model = px.convert(WithTables(WITHOUT_BATCH[how]).double())
+        with pytest.raises(
+            ValueError, match=r"^\w+ saw 4 rows, .* with one example fewer they are as many; expand them"
+        ):
+            model(X)
+
+    def test_pairs_of_positions_are_exact_where_it_is_said_that_they_have_no_batch(self):
+        model = px.convert(WithTables(WITHOUT_BATCH["pairs of positions"]).double())
+        model.pairs.batched = False
+        self.check(model)
+
+    def test_rows_that_follow_the_batch_are_exact(self):
+        self.check(px.convert(WithTables(ROWS_OF_THE_BATCH["zeros"]).double()))
+
+    @pytest.mark.parametrize("how", ["noise", "kept"])
+    def test_what_follows_the_batch_and_what_is_kept_from_pass_to_pass_are_left_alone(self, how):
+        model = px.convert(WithTables(ROWS_OF_THE_BATCH[how]).double())
+        for _ in range(3):
+            model(X).sum().backward()
+
+    def test_objects_that_may_hold_examples_are_left_alone(self):
+        class Rows:
+            def __init__(self, rows):
+                self.rows = rows
+
+        class Net(WithTables):
+            def forward(self, x, held):
+                return self.first(x) + self.layer(held.rows)[: len(x), None, :1]
+
+        px.convert(Net(None).double())(X, Rows(randn(SAME, SAME)))
+
+    @staticmethod
+    def check(model):
+        output = model(X)
+        weights = randn(*output.shape, seed=3)
+        weighted_sum(output, weights).backward()
+        assert_moments(model, oracle(model, weighted_sum, X, weights, reduction="sum"))
 
 
 class Dispatches(TorchDispatchMode):

@@ -3,7 +3,8 @@
 Where another dimension is as long as the batch and autograd's graph does not tell (`moments.layout`), the model's
 forward runs again, on a copy: first on the same input, then with one row of it replaced by another row. What a layer
 sees may then differ in that row only. If instead it differs in other rows too, but in that one place only along another
-dimension, then that one is the batch. All runs take the same random numbers, and are compared to the bit.
+dimension, then that one is the batch. All runs take the same random numbers, and are compared to the bit. What differs
+nowhere is run with one example fewer: where it has as many rows as before, they are no examples.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ def refuse_moved_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return
     if found is not None:
         (name, axis, tensor), dim = found
+        if dim is None:
+            raise ValueError(
+                f"{name} saw {tensor.shape[axis]} rows, as many as the batch has examples, but these belong to no "
+                f"example: with one example fewer they are as many; expand them to the batch before this layer "
+                f"(rows.expand(batch, *rows.shape)), set batched=False if it is an Embedding, or run this part under "
+                f"px.no_moments()"
+            )
         raise ValueError(
             f"{name} saw {tensor.shape[axis]} rows, as many as the batch has examples, but dimension {axis} is not the "
             f"batch: another example in the model's input changes dimension {dim} there; keep the batch as dimension "
@@ -217,21 +225,36 @@ class _Trials:
         self.batch = known.tensor.shape[known.axis]
         self.rows = 0, self.batch - 1
 
-    def moved(self) -> tuple[Seen, int] | None:
-        """What a layer saw whose batch is another dimension, and which; None if none is known."""
+    def moved(self) -> tuple[Seen, int | None] | None:
+        """What a layer saw whose batch is another dimension, and which (None: it has none); None if none is known."""
         base = self.run()
         by_first = [self.run(self.known.tensor, row) for row in self.rows]
         found = self.moved_by(base, by_first)
-        if found is not None or all(self.touched(base, by_first)):
+        touched = self.touched(base, by_first)
+        if found is not None or all(touched):
             return found
         for tensor in {id(value): value for value in self.flat if isinstance(value, Tensor)}.values():
             dim = self.known.axis
             if tensor is not self.known.tensor and tensor.dim() > dim and tensor.shape[dim] == self.batch:
                 trials = [self.run(tensor, row) for row in self.rows]
+                touched = [a or b for a, b in zip(touched, self.touched(base, trials), strict=True)]
                 if self.same_examples(base, by_first, trials):
                     found = self.moved_by(base, trials)
                     if found is not None:
                         return found
+        return None if all(touched) else self.without_batch(base, touched)
+
+    def without_batch(self, base: _Trial, touched: list[bool]) -> tuple[Seen, None] | None:
+        """What a layer saw that is not `touched` by any example, and has as many rows with one example fewer."""
+        names = [seen.name for seen in base.seen]
+        data = [self.known.data.get(name) == names.count(name) for name in names]
+        if not any(data) or not all(isinstance(value, (Tensor, int, float, str, type(None))) for value in self.flat):
+            return None  # an object might hold examples too
+        fewer = self.run(fewer=True)
+        if [seen.name for seen in fewer.seen] == names:
+            for i, seen in enumerate(base.seen):
+                if data[i] and not touched[i] and fewer.seen[i].tensor.shape[seen.axis] == self.batch:
+                    return seen, None
         return None
 
     def reordered(self, users: list[dict[str, bool]]) -> tuple[str, int, str, int] | None:
@@ -252,10 +275,11 @@ class _Trials:
                             return name, row, other, other_row
         return None
 
-    def run(self, tensor: Tensor | None = None, row: int = 0, turned: bool = False) -> _Trial:
+    def run(self, tensor: Tensor | None = None, row: int = 0, turned: bool = False, fewer: bool = False) -> _Trial:
         """Run forward on copies, with another row of the input `tensor` in the place of `row`, or that `turned` around.
 
-        Turned around along its first dimension a row has the same length and the same sum, by which models sort.
+        Turned around along its first dimension a row has the same length and the same sum, by which models sort. Or
+        with one example `fewer`, unless the model keeps something from pass to pass.
         """
         # The parameters are shared, what else there is in the model is the copy's own.
         shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
@@ -271,11 +295,18 @@ class _Trials:
             rows = tensor.detach().movedim(self.known.axis, 0)
             new = rows[row].flip(0) if turned and rows.dim() > 1 else rows[1 if row == 0 else row - 1]
             copies[id(tensor)].movedim(self.known.axis, 0)[row] = new
+        axis = self.known.axis
+        for key, value in copies.items() if fewer else ():
+            if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == self.batch:
+                copies[key] = value.narrow(axis, 0, self.batch - 1)
+        state = _with_rows(module, self.batch)
         args, kwargs = pytree.tree_unflatten([copies[id(value)] for value in self.flat], self.spec)
         # The exact fallback looks at what its parameters meet only where there are gradients.
         grad = any(self.known.unclear.values())
         with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(grad), _ReadOnly(self.module):
             outputs = pytree.tree_leaves(module(*args, **kwargs))
+        if fewer and not _same(state, _with_rows(module, self.batch)):
+            raise ValueError("what the model keeps may have rows of examples")
         return _Trial(seen, [output.detach() for output in outputs if isinstance(output, Tensor)])
 
     def moved_by(self, base: _Trial, trials: list[_Trial]) -> tuple[Seen, int] | None:
@@ -286,10 +317,12 @@ class _Trials:
                 return seen, dims[0]
         return None
 
-    def touched(self, base: _Trial, trials: list[_Trial]) -> Iterator[bool]:
+    def touched(self, base: _Trial, trials: list[_Trial]) -> list[bool]:
         """For each layer, whether it saw anything of what was replaced."""
-        for i, seen in enumerate(base.seen):
-            yield any(_differ(seen.tensor, trial.seen[i].tensor).any() for trial in trials)
+        return [
+            any(bool(_differ(seen.tensor, trial.seen[i].tensor).any()) for trial in trials)
+            for i, seen in enumerate(base.seen)
+        ]
 
     def same_examples(self, base: _Trial, by_first: list[_Trial], trials: list[_Trial]) -> bool:
         """Whether what was replaced changes the same rows of an output as examples of the first input do."""
@@ -305,6 +338,18 @@ class _Trials:
         changed = [_differ(base, other) for other in others]
         pairs = list(zip(changed, self.rows, strict=True))
         return [dim for dim in range(base.dim()) if all(_only(where, dim, row, self.batch) for where, row in pairs)]
+
+
+def _with_rows(module: nn.Module, batch: int) -> list[tuple[Tensor, int]]:
+    """The tensors that a model holds which may have rows of examples, and how often each has been changed."""
+    values = (value for part in module.modules() for value in pytree.tree_leaves(list(vars(part).values())))
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return [(t, t._version) for t in tensors if batch in t.shape or batch - 1 in t.shape]
+
+
+def _same(state: list[tuple[Tensor, int]], later: list[tuple[Tensor, int]]) -> bool:
+    pairs = zip(state, later, strict=False)
+    return len(state) == len(later) and all(a is b and v == w for (a, v), (b, w) in pairs)
 
 
 def _differ(x: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .places import MOVES, Place, before, joins_data, operation_of
 
-__all__ = ["PassInput", "Seen", "ambiguous", "moved_from"]
+__all__ = ["PassInput", "Seen", "ambiguous", "moved_from", "without_history"]
 
 _LONGEST = 64  # nodes of a walk
 
@@ -49,20 +49,24 @@ class PassInput:
     """The input of the forward pass under way that its batch size was taken from, and which dimension that was.
 
     `met` is how many tensors with a batch each parameter of the fallback has met. `unclear` are the layers, or
-    parameters of the fallback (True), whose inputs do not show where their batch is. Where `watched` is set, it is
-    filled with the inputs of those layers, and nothing else is done.
+    parameters of the fallback (True), whose inputs do not show where their batch is; `data` counts those among them
+    that no parameter was used for. Where `watched` is set, it is filled with the inputs of those layers, and nothing
+    else is done.
     """
 
     tensor: Tensor
     axis: int
     met: dict[str, int] = field(default_factory=dict)
     unclear: dict[str, bool] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
     watched: tuple[dict[str, bool], list[Seen]] | None = None
 
     def note(self, name: str, tensor: Tensor, batch: int, fallback: bool) -> None:
         """Note that it is unclear where `tensor` has its batch, if another dimension is as long."""
         if max(tensor.shape.count(batch), self.tensor.shape.count(batch)) > 1:
             self.unclear[name] = fallback
+            if not fallback and type(tensor) is Tensor and not tensor.requires_grad:
+                self.data[name] = self.data.get(name, 0) + 1
 
 
 def ambiguous(shape: Sequence[int], axis: int, batch: int) -> bool:
@@ -73,6 +77,19 @@ def ambiguous(shape: Sequence[int], axis: int, batch: int) -> bool:
         if size % batch == 0 and i != axis:
             return True
     return False
+
+
+def without_history(tensor: Tensor, batch: int, known: PassInput | None) -> bool:
+    """Whether `tensor` may be data of as many rows as the batch that belong to no example.
+
+    It is asked only where a dimension of the model's input besides the batch is as long.
+    """
+    return (
+        known is not None
+        and known.tensor.shape.count(batch) > 1
+        and tensor.grad_fn is None
+        and tensor is not known.tensor
+    )
 
 
 def moved_from(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .count import ExampleCount, in_reentrant_checkpoint
-from .layout import ambiguous, moved_from
+from .layout import ambiguous, moved_from, without_history
 from .leaf import Moment, _Mode, moment_of
 from .uses import Call, Uses
 
@@ -181,15 +181,18 @@ class MomentModule(nn.Module):
         if batch is None:
             return
         axis, why = self._axis(x, dims), ""
-        if x.shape[axis] != batch:
+        examples = self._examples
+        if examples.watched is not None:
+            moved_from(x, axis, batch, examples.input, self._label())
+        elif x.shape[axis] != batch:
             why = (
                 f"{x.shape[axis]} rows, the batch has {batch} examples: a view folded the batch away, or the batch is "
                 f"not dimension {axis}"
             )
         elif not torch.compiler.is_compiling() and (
-            self._examples.watched is not None or ambiguous(x.shape, axis, batch)
+            ambiguous(x.shape, axis, batch) or without_history(x, batch, examples.input)
         ):
-            moved = moved_from(x, axis, batch, self._examples.input, self._label())
+            moved = moved_from(x, axis, batch, examples.input, self._label())
             if moved:
                 why = f"{batch} rows, as many as the batch has examples, but dimension {axis} is not the batch: {moved}"
         if why:
