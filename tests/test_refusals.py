@@ -262,7 +262,7 @@ def test_flattened_indices_are_asked_about_and_positions_are_not():
             self.table = nn.Embedding(50, 4)
 
         def forward(self, x, positions):
-            return self.table(positions)
+            return self.table(positions).expand(len(x), -1, -1)
 
     model = px.convert(Flat())
     with pytest.raises(ValueError, match=r"^table saw 24 indices in a batch of 4 examples: do they belong"):

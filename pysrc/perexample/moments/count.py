@@ -61,6 +61,7 @@ class ExampleCount:
         self.backward: dict[int, set[int]] = {}  # the examples of the forward passes that are being backpropagated
         self.rounds = 0  # backward passes since the count was cleared
         self.forward_pending = False
+        self.following = 0  # of how many moments the layers take copies (see `nn.fallback.follow_copies`)
         self._reset()
 
     def _reset(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import autograd
 from ..autograd.expansion import Origin, PerExample
 from ..moments import MomentModule
+from .fallback import follow_copies_in
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
@@ -17,9 +18,9 @@ __all__ = ["Embedding", "EmbeddingBag"]
 class Embedding(MomentModule, nn.Embedding):
     """torch.nn.Embedding whose backward also computes ``p.sum_grad_squared`` (MATHS 6).
 
-    Input: indices (B, ...). Indices without a batch, ``[T]`` or ``[1, T]`` in a batch of another size (position
-    ids), are expanded to the batch, so the output has a batch dimension; a broadcast after the layer would add
-    examples together before they can be squared.
+    Input: indices (B, ...). Of indices without a batch, ``[T]`` or ``[1, T]`` in a batch of another size (position
+    ids), the output stands for one copy per example, as a parameter of the exact fallback does: a broadcast after the
+    layer would add examples together before they can be squared. In compiled code they are expanded to the batch.
 
     Attributes:
         batched: None, to tell by the shape; True: dimension 0 is the batch; False: there is none, expand. Has to be
@@ -45,10 +46,10 @@ class Embedding(MomentModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if not self._recording("weight"):
             return super().forward(input)
-        batch = self._examples.batch
-        if batch is not None and self._bare(input):
+        batch = self._batch_of(input)
+        if batch is not None and self._bare(input, batch):
             return self._without_batch(input, batch)
-        input = self._with_batch(input)
+        self._check_batch(input, 1)
         if not torch.is_grad_enabled():
             return super().forward(input)
         axis = self._axis(input, 1)
@@ -59,55 +60,60 @@ class Embedding(MomentModule, nn.Embedding):
     def _look_up(self, indices: Tensor) -> Tensor:
         return autograd.embedding(indices, self.weight, *self._leaves("weight"), self.padding_idx)
 
-    def _bare(self, indices: Tensor) -> bool:
-        """Whether the indices have no batch, and an expansion would be in the way of what comes next."""
-        if self.batched is False:
-            return bool(self._examples.batch_dim) or (indices.dim() > 1 and indices.shape[0] != 1)
-        return False
+    def _batch_of(self, indices: Tensor) -> int | None:
+        """The examples of the pass under way, or of the one that checkpointing repeats; None where there is none."""
+        examples = self._examples
+        if examples.batch is not None or torch.compiler.is_compiling() or not examples.rooted:
+            return examples.batch
+        clear = self.batched is None and indices.dim() > 1 and indices.shape[bool(examples.batch_dim)] != 1
+        if self.batched or clear or not torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+            return None
+        return examples.recomputed_batch(self._label())
 
-    def _without_batch(self, indices: Tensor, batch: int) -> Tensor:
-        """The rows of indices that all examples have in common, one copy for each of them: no batch dimension."""
-        if not torch.is_grad_enabled() or batch == 0:
-            with torch.no_grad():
-                return super().forward(indices)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{self._label()}: indices without a batch (batched=False) cannot be used inside of compiled code; "
-                f"compile the parts of the model without this layer"
-            )
-        copies = self._look_up(indices.expand(batch, *indices.shape))
-        return (
-            copies[0]
-            if batch == 1
-            else PerExample(copies, Origin(self._label(), self._examples.batch_dim, self._examples.input))
-        )
-
-    def _with_batch(self, indices: Tensor) -> Tensor:
-        batch = self._examples.batch
-        if batch is None or self.batched:
-            self._check_batch(indices, 1)
-            return indices
-        if self._examples.batch_dim and indices.dim() > 1:
-            if indices.shape[1] == 1 and batch != 1:
-                return indices.expand(indices.shape[0], batch, *indices.shape[2:])
-            self._check_batch(indices, 1)
-            return indices
-        first = indices.shape[0] if indices.dim() else 1
-        if self.batched is False:
-            bare = indices.squeeze(0) if indices.dim() > 1 and first == 1 else indices
-            return bare.expand(batch, *bare.shape)
-        if indices.dim() == 1 and batch > 1 and first % batch == 0 and (first == batch or not _consecutive(indices)):
+    def _bare(self, indices: Tensor, batch: int) -> bool:
+        """Whether the indices have no batch."""
+        if self.batched is not None:
+            return not self.batched
+        if indices.dim() == 0:
+            return True
+        first = indices.shape[0]
+        if indices.dim() > 1:
+            return batch != 1 and indices.shape[bool(self._examples.batch_dim)] == 1
+        if batch > 1 and first % batch == 0 and (first == batch or not _consecutive(indices)):
             raise ValueError(
                 f"{self._label()} saw {first} indices in a batch of {batch} examples: do they belong to the examples, "
                 f"or are they positions without a batch? Set its attribute: batched=True (dimension 0 is the batch) or "
                 f"batched=False"
             )
-        if indices.dim() == 1 and first != batch:
-            return indices.expand(batch, first)
-        if indices.dim() > 1 and first == 1 and batch != 1:
-            return indices.expand(batch, *indices.shape[1:])
-        self._check_batch(indices, 1)
-        return indices
+        return first != batch
+
+    def _without_batch(self, indices: Tensor, batch: int) -> Tensor:
+        """The rows of indices that all examples have in common, one copy for each of them: no batch dimension."""
+        if torch.compiler.is_compiling():
+            return self._expanded(indices, batch)
+        if not torch.is_grad_enabled() or batch == 0:
+            with torch.no_grad():
+                return super().forward(indices)
+        copies = self._look_up(indices.expand(batch, *indices.shape))
+        follow_copies_in(self._examples)
+        if batch == 1:
+            return copies[0]
+        return PerExample(copies, Origin(self._label(), self._examples.batch_dim, self._examples.input))
+
+    def _expanded(self, indices: Tensor, batch: int) -> Tensor:
+        """The same in compiled code, which knows no copies: with a batch dimension."""
+        if self._examples.batch_dim and indices.dim() > 1 and indices.shape[1] == 1:
+            indices = indices.transpose(0, 1)
+            expanded = indices.expand(batch, *indices.shape[1:])
+            return (self._look_up(expanded) if torch.is_grad_enabled() else super().forward(expanded)).transpose(0, 1)
+        bare = indices.squeeze(0) if indices.dim() > 1 and indices.shape[0] == 1 else indices
+        if self._examples.batch_dim or bare.dim() == 0 or bare.dim() == indices.dim() > 1:
+            raise RuntimeError(
+                f"{self._label()}: indices without a batch (batched=False) cannot be used inside of compiled code; "
+                f"compile the parts of the model without this layer"
+            )
+        expanded = bare.expand(batch, *bare.shape)
+        return self._look_up(expanded) if torch.is_grad_enabled() else super().forward(expanded)
 
 
 def _consecutive(indices: Tensor) -> bool:

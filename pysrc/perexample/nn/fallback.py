@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..autograd.expansion import Origin, PerExample, appearance, axis_of, batched, refuse
-from ..moments import Call, MomentModule, in_reentrant_checkpoint, moment_of
+from ..moments import Call, ExampleCount, MomentModule, in_reentrant_checkpoint, moment_of
 from ..moments.leaf import _Mode
 from ..moments.module import REENTRANT, WITH, WITHOUT
 
-__all__ = ["Fallback", "fallback_class", "follow_copies"]
+__all__ = ["Fallback", "fallback_class", "follow_copies", "follow_copies_in"]
 
 _LARGE = 256 << 20  # bytes of one copy per example from which on a warning is worth it
 
@@ -165,6 +165,17 @@ def follow_copies(module: nn.Module) -> None:
         module.register_forward_hook(_give_copies, with_kwargs=True, always_call=True)
 
 
+def follow_copies_in(examples: ExampleCount) -> None:
+    """The same for all layers whose examples are counted there, if there are new ones."""
+    if examples.following != len(examples.moments):
+        examples.following = len(examples.moments)
+        for moment in [m for ref in examples.moments if (m := ref()) is not None]:
+            for place in moment.places:
+                owner = place.owner()
+                if owner is not None and not isinstance(owner, Fallback):
+                    follow_copies(owner)
+
+
 def _by_rows(module: Any) -> bool:
     """Whether `module` takes any number of dimensions between the batch and its features."""
     return module._batch_at == "any" and not isinstance(module, nn.Embedding)
@@ -251,6 +262,8 @@ def _rows_at(module: Any, argument: Any, axis: int, says: bool, which: int | str
 def _take_lone(module: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
     """Of a single example a parameter has no copies; without a batch dimension (Q, D), it gets one here."""
     examples = module._examples
+    if not torch.is_grad_enabled():
+        return None  # a reentrant checkpoint repeats it, when it is no longer known that there was one example
     if not (examples.lone and examples.batch == 1) or examples.batch_dim or not _by_rows(module) or len(tensors) != 1:
         return None
     if tensors[0].dim() > 1 and tensors[0].shape[0] == 1:
