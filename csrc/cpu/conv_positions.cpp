@@ -25,6 +25,8 @@ constexpr int64_t kStagedElements = 1 << 18;  // of x or dy that are turned at a
 constexpr int64_t kEnoughGroups = 32;         // tasks enough without splitting the examples
 constexpr int64_t kSplitElements = 1 << 18;   // sums of all ranges
 constexpr int64_t kMaxSplits = 16;
+constexpr int64_t kGroupsAhead = 2;           // whose cache lines are fetched early
+constexpr int64_t kFetchedLines = 64;         // of x, and of dy
 constexpr int kMaxOutputs = 4, kMaxRows = 9;  // of one tile
 
 // ---------------------------------------------------------------------------------------------
@@ -55,6 +57,24 @@ PX_INLINE V add_lanes(V (&v)[N]) {
   }
 }
 
+// out[i] = the sum of acc[i]'s lanes, zeros up to the next whole vector.
+template <class S, int N>
+PX_INLINE void store_lane_sums(const Vec<S> (&acc)[N], S* out) {
+  constexpr int L = lanes<S>;
+  unroll<(N + L - 1) / L>([&](auto chunk) PX_LAMBDA {
+    Vec<S> part[L];
+    unroll<L>([&](auto j) PX_LAMBDA {
+      constexpr int from = chunk * L + j;
+      if constexpr (from < N) {
+        part[j] = acc[from];
+      } else {
+        part[j] = Vec<S>{};
+      }
+    });
+    store(out + chunk * L, add_lanes<1>(part));
+  });
+}
+
 // out[o * I + i] = dot product of dy[o] and x[i], for a tile of O by I.
 template <class S, int O, int I>
 void dot(const Runs& runs, const S* const* dy_rows, const S* const* x_rows, S* out) {
@@ -76,18 +96,60 @@ void dot(const Runs& runs, const S* const* dy_rows, const S* const* x_rows, S* o
       });
     }
   }
-  unroll<(O * I + L - 1) / L>([&](auto chunk) PX_LAMBDA {
-    Vec<S> part[L];
-    unroll<L>([&](auto j) PX_LAMBDA {
-      constexpr int from = chunk * L + j;
-      if constexpr (from < O * I) {
-        part[j] = acc[from];
-      } else {
-        part[j] = Vec<S>{};
-      }
+  store_lane_sums<S>(acc, out);
+}
+
+// The same of one channel of dy with one of x in a window of KH by KW taps, for a box of at least
+// KH rows: what is loaded of a row of x serves all KH taps below one another. Row h and tap (kh,
+// kw) meet at x + shifts[kw] + (h + kh) pitch.
+template <class S, int KH, int KW>
+void dot_window(int64_t rows, int64_t vectors, int64_t pitch, const int64_t* shifts, const S* dy,
+                const S* x, S* out) {
+  constexpr int L = lanes<S>;
+  Vec<S> acc[KH * KW];
+  unroll<KH * KW>([&](auto j) PX_LAMBDA { acc[j] = Vec<S>{}; });
+  const int64_t step = vectors * L;
+  for (int64_t column = 0; column < step; column += L) {
+    const S *d = dy + column, *x_rows[KW];
+    unroll<KW>([&](auto kw) PX_LAMBDA { x_rows[kw] = x + shifts[kw] + column; });
+    Vec<S> above[KH];  // rows h, h - 1, ... of dy
+    // A row of x, for the taps from kh = First on.
+    auto add = [&](auto first, auto count) PX_LAMBDA {
+      unroll<KW>([&](auto kw) PX_LAMBDA {
+        const Vec<S> shifted = load(x_rows[kw]);
+        x_rows[kw] += pitch;
+        unroll<decltype(count)::value>([&](auto i) PX_LAMBDA {
+          constexpr int kh = decltype(first)::value + decltype(i)::value;
+          acc[kh * KW + kw] += above[kh] * shifted;
+        });
+      });
+    };
+    auto move = [&]() PX_LAMBDA {
+      unroll<KH - 1>([&](auto i) PX_LAMBDA {
+        constexpr int to = KH - 1 - decltype(i)::value;
+        above[to] = above[to - 1];
+      });
+    };
+    auto next = [&]() PX_LAMBDA {
+      move();
+      above[0] = load(d);
+      d += step;
+    };
+    unroll<KH - 1>([&](auto h) PX_LAMBDA {
+      next();
+      add(std::integral_constant<int, 0>{}, std::integral_constant<int, decltype(h)::value + 1>{});
     });
-    store(out + chunk * L, add_lanes<1>(part));
-  });
+    for (int64_t h = KH - 1; h < rows; ++h) {
+      next();
+      add(std::integral_constant<int, 0>{}, std::integral_constant<int, KH>{});
+    }
+    unroll<KH - 1>([&](auto h) PX_LAMBDA {
+      constexpr int first = decltype(h)::value + 1;
+      move();
+      add(std::integral_constant<int, first>{}, std::integral_constant<int, KH - first>{});
+    });
+  }
+  store_lane_sums<S>(acc, out);
 }
 
 template <class S>
@@ -311,6 +373,7 @@ struct BoxView {
   const int64_t* shifts;  // of the taps
   CopyList x_copies, dy_copies;
   bool dy_in_place;  // dy lies as if it were packed
+  bool window;       // one 3 x 3 window of one channel is a tile
 
   template <class In, class S>
   static BoxView make(const Conv& conv, const Plan& p, int64_t index,
@@ -341,7 +404,10 @@ struct BoxView {
             scratch.shifts,
             {scratch.copies, x_end, conv.stride[2] * conv.x_stride[4]},
             {x_end, dy_end, conv.dy_stride[4]},
-            in_place};
+            in_place,
+            p.tile.outputs == 1 && p.tile.rows == 9 && conv.kernel[1] == 3 && conv.kernel[2] == 3 &&
+                conv.stride[1] == 1 && conv.dilation[1] == 1 && !layout.flat && box.size[0] == 1 &&
+                box.size[1] >= 3};
   }
 };
 
@@ -391,7 +457,12 @@ void sum_box(const Conv& conv, const Plan& p, const BoxView& view, int64_t group
         for (int j = 0; j < p.tile.outputs; ++j)
           dy_rows[j] = dy + min_of(o + j, p.outputs - 1) * dy_step;
         alignas(64) S tile[kMaxOutputs * kMaxRows + 16];
-        kernel(view.runs, dy_rows, x_rows, tile);
+        if (view.window) {
+          dot_window<S, 3, 3>(layout.rows, layout.vectors, layout.pitch, view.shifts, dy_rows[0],
+                              x_rows[0] - view.shifts[0], tile);
+        } else {
+          kernel(view.runs, dy_rows, x_rows, tile);
+        }
         finish(p.tile_size, tile, first, last, scratch.partial + done, sums + done,
                sums + p.sum_size + done);
         done += p.tile_size;
@@ -441,6 +512,26 @@ PX_INLINE void set_contiguous(const int64_t (&size)[3], int64_t (&stride)[5]) {
   stride[1] = volume(size);
 }
 
+// Asks for the first cache lines of one group of one example, where its channels are contiguous.
+template <class In>
+PX_INLINE void fetch_group(const Conv& conv, const Plan& p, int64_t group, int64_t b) {
+  if (b >= conv.B) return;
+  auto fetch_channels = [](const void* base, const int64_t* stride, int64_t begin, int64_t n)
+                            PX_LAMBDA {
+                              if (stride[4] != 1) return;
+                              constexpr int64_t kLine = 64 / int64_t{sizeof(In)};
+                              const In* first = at<In>(base, begin);
+                              for (int64_t i = 0; i < min_of(n, kFetchedLines * kLine); i += kLine)
+                                fetch(first, i);
+                            };
+  fetch_channels(conv.x, conv.x_stride,
+                 b * conv.x_stride[0] + group * p.channels * conv.x_stride[1],
+                 p.channels * volume(conv.in));
+  fetch_channels(conv.dy, conv.dy_stride,
+                 b * conv.dy_stride[0] + group * p.outputs * conv.dy_stride[1],
+                 p.outputs * volume(conv.out));
+}
+
 // sums (groups, 2, sum_size) = g, s of some groups over the examples [b_begin, b_end).
 template <class In, class S>
 void sum_groups(const Conv& conv, const Plan& p, int64_t first_group, int64_t groups,
@@ -448,12 +539,15 @@ void sum_groups(const Conv& conv, const Plan& p, int64_t first_group, int64_t gr
   zero(sums, groups * 2 * p.sum_size);
   BoxView view = BoxView::make<In>(conv, p, 0, scratch);
   for (int64_t b = b_begin; b < b_end; ++b)
-    for (int64_t group = 0; group < groups; ++group)
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t ahead = group + kGroupsAhead;
+      fetch_group<In>(conv, p, first_group + ahead % groups, b + ahead / groups);
       for (int64_t i = 0; i < p.box_count; ++i) {
         if (p.box_count > 1) view = BoxView::make<In>(conv, p, i, scratch);
         sum_box<In>(conv, p, view, first_group + group, b, i == 0, i == p.box_count - 1, scratch,
                     sums + group * 2 * p.sum_size);
       }
+    }
 }
 
 // The same, one example at a time turned to contiguous channels of S.

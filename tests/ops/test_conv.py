@@ -97,6 +97,12 @@ def test_cases_equal_the_loop_over_examples(which, dtype, case):
         ConvCase(9, 32, 64, (8, 8), 3, {"groups": 4, "padding": 1}),
         ConvCase(3, 5, 7, (9, 8, 11), 3, {"padding": (2, 0, 1), "stride": (1, 2, 1), "dilation": (2, 1, 1)}),
         ConvCase(2, 6, 6, (12, 13, 14), 3, {"padding": 1, "groups": 6}),
+        # Windows of 3 x 3 on rows of whole vectors; the last in several boxes.
+        ConvCase(12, 40, 40, (10, 16), 3, {"padding": 1, "groups": 40}),
+        ConvCase(3, 24, 12, (5, 32), 3, {"padding": (0, 1), "groups": 12}),
+        ConvCase(2, 3, 3, (3, 96), 3, {"padding": (1, 2), "stride": (1, 3), "dilation": (1, 2), "groups": 3}),
+        ConvCase(3, 4, 4, (3, 6, 16), 3, {"padding": (0, 1, 1), "groups": 4}),
+        ConvCase(2, 2, 2, (300, 64), 3, {"padding": 1, "groups": 2}),
         ConvCase(3, 4, 6, (6, 6), 3, {"padding": 9, "stride": 4}),  # taps and positions in the padding alone
         ConvCase(4, 3, 8, (224, 3), (7, 2), {"stride": (4, 1), "padding": (3, 1)}),
     ],
