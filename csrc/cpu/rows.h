@@ -41,6 +41,10 @@ PX_INLINE void fetch_to_write(const T* p, int64_t offset) {
 template <class T>
 PX_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t n) {
   using A = Accumulator<T>;
+#if defined(__AVX512F__) && PX_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   alignas(PX_VECTOR_BYTES) A values[lanes<A>] = {};
   for (int64_t i = 0; i < n; ++i) values[i] = widen(p[i]);
   return load(values);
@@ -50,6 +54,10 @@ PX_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t n) {
 template <class T>
 PX_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t n) {
   using A = Accumulator<T>;
+#if defined(__AVX512F__) && PX_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#endif
   alignas(PX_VECTOR_BYTES) A values[lanes<A>];
   store(values, v);
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(values[i]);
