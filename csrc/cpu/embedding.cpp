@@ -8,6 +8,16 @@
 // row's arithmetic depends on the cuts.
 #include <cstring>
 
+// With AVX-512 (Zen 4) vectors of 32 bytes and lines that nothing asks for before they are written
+// take a fifth less than vectors of 64, and these less than lines asked for early. (What vec.h and
+// rows.h define has no symbols, so that two widths in one namespace do not meet.)
+#if defined(__AVX512F__)
+#define PX_VECTOR_BYTES 32
+#define PX_FETCH_OUTPUTS 0
+#else
+#define PX_FETCH_OUTPUTS 1
+#endif
+
 #include "kernels.h"
 #include "rows.h"
 #include "vec.h"
@@ -20,6 +30,7 @@ constexpr int64_t kTaskSize = 1 << 15;  // elements that are worth a task
 constexpr int64_t kTasksPerThread = 8;  // so that no thread waits long for another
 constexpr int64_t kSplitColumns = 256;  // columns of a task where one row dominates
 constexpr int64_t kAhead = 512;         // elements of the outputs whose lines are fetched early
+constexpr int64_t kComing = 5;          // occurrences from one to that which is fetched with it
 
 template <class Int>
 struct Occurrence {
@@ -120,8 +131,8 @@ void sum_row(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<
 }
 
 // The same for a row of at most kBlockRows occurrences, whose sums stay in registers: `rows` points
-// to them, `coming` to those of the rows after it, which are fetched meanwhile, `last` says which
-// end an example. G is the dtype of dw.
+// to them, `coming` to others that are fetched meanwhile, `last` says which end an example. G is
+// the dtype of dw.
 template <class T, class G>
 void sum_few(const T* const* rows, const T* const* coming, const bool* last, int64_t count,
              int64_t n, G* dw, Accumulator<T>* dw_sq) {
@@ -146,8 +157,10 @@ void sum_few(const T* const* rows, const T* const* coming, const bool* last, int
     }
     unroll<V>([&](auto v) PX_LAMBDA {
       int64_t i = column + v * L;
-      fetch_to_write(dw, i + kAhead);
-      fetch_to_write(dw_sq, i + kAhead);
+      if constexpr (PX_FETCH_OUTPUTS) {
+        fetch_to_write(dw, i + kAhead);
+        fetch_to_write(dw_sq, i + kAhead);
+      }
       if (i + L <= n) {
         store_narrow(dw + i, total[v]);
         store(dw_sq + i, square[v]);
@@ -159,7 +172,7 @@ void sum_few(const T* const* rows, const T* const* coming, const bool* last, int
   });
 }
 
-// Columns [column, column + n) of a row of few occurrences; others begin at `end`.
+// Columns [column, column + n) of a row of few occurrences; all end at `all_end`.
 template <class T, class Int>
 void gather_few(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<Int>* end,
                 const Occurrence<Int>* all_end, int64_t row, int64_t column, int64_t n) {
@@ -176,7 +189,8 @@ void gather_few(const Embedding& a, const Occurrence<Int>* begin, const Occurren
     rows[r] = coming[r] = find(position, b);
     if (r > 0) last[r - 1] = position >= example_end;
     example_end = (b + 1) * a.T;
-    if (end + r < all_end) coming[r] = find(end[r].position, end[r].position / a.T);
+    const Occurrence<Int>* other = begin + r + kComing;
+    if (other < all_end) coming[r] = find(other->position, other->position / a.T);
   }
   last[count - 1] = true;
   int64_t at = row * a.D + column;
