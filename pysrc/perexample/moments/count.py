@@ -232,7 +232,7 @@ class ExampleCount:
         self._in_round = False
         self.backward = {}
         for uses in self.unfinished:
-            uses.pieces.clear()
+            uses.pieces = None
             uses.moment.waiting.clear()
         self.unfinished = []
 

@@ -95,6 +95,7 @@ class Moment:
         "parameter_name",
         "places",
         "roots",
+        "stamp",
         "unscaled_rounds",
         "uses",
         "version",
@@ -106,6 +107,7 @@ class Moment:
         self.parameter_name = parameter_name
         self.bound = 0  # the id of the parameter that it follows (`torch.utils.swap_tensors` forbids weak references)
         self.leaf: Tensor | None = None
+        self.stamp: tuple[torch.Size, torch.dtype, torch.device] | None = None  # of the leaf
         self.places = [Place(self.owner, parameter_name, "")]  # all modules that hold the parameter
         self.uses: Tensor | None = None  # a scalar leaf whose gradient counts uses that no `Uses` knows of
         self.eager = False  # whether there were uses that a `Uses` does know of
@@ -183,7 +185,7 @@ class Moment:
         if not self.fits(p):  # what the leaf holds belonged to another
             leaf = torch.zeros((), dtype=accumulate_dtype(p.dtype), device=p.device).expand(p.shape).requires_grad_()
             leaf.register_hook(self._before_leaf)
-            self.leaf = leaf
+            self.leaf, self.stamp = leaf, (p.shape, leaf.dtype, p.device)
             self.uses = torch.zeros((), device=p.device, requires_grad=True)
             self.live = False
             self.leaf_rounds = self.unscaled_rounds = 0
@@ -239,11 +241,10 @@ class Moment:
 
     def fits(self, p: Tensor) -> bool:
         """Whether the leaf was made for `p` as it now is: another object, or ``p.data = ...``, needs another one."""
-        leaf = self.leaf
         return (
-            leaf is not None
-            and moment_of(p) is self
-            and (leaf.shape, leaf.dtype, leaf.device) == (p.shape, accumulate_dtype(p.dtype), p.device)
+            self.bound == id(p)
+            and self.stamp == (p.shape, accumulate_dtype(p.dtype), p.device)
+            and p.__dict__.get("_perexample_moment") is self
         )
 
     def current(self) -> Tensor | None:

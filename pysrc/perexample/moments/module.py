@@ -127,14 +127,15 @@ class MomentModule(nn.Module):
         return torch.is_grad_enabled()
 
     def _recording(self, *names: str) -> bool:
+        parameters = self._parameters
         trainable = []
         for name in names:
-            p = self._parameters.get(name)
+            p = parameters.get(name)
             if p is not None and p.requires_grad:
                 trainable.append(name)
         if not trainable:
             return False
-        recording = self._in_training() and _Mode.enabled
+        recording = (self.training or self._in_training()) and _Mode.enabled
         if recording and torch.is_grad_enabled():
             return True
         if torch.compiler.is_compiling() or self._examples.batch is None:
@@ -172,14 +173,13 @@ class MomentModule(nn.Module):
                 f"{tuple(x.shape)}; add the batch dimension, or use px.no_moments()"
             )
         batch = self._examples.batch
-        elsewhere = self._examples.batch_dim and "batch_dim" not in self.__dict__
-        if self._batch_at is None and elsewhere and batch is not None:
+        if batch is None:
+            return
+        if self._batch_at is None and self._examples.batch_dim and "batch_dim" not in self.__dict__:
             raise ValueError(
                 f"{self._label()} ({type(self).__name__}): is served with the batch as dimension 0 only, and the model "
                 f"was converted with batch_dim={self._examples.batch_dim}; freeze it, or run it under px.no_moments()"
             )
-        if batch is None:
-            return
         axis, why = self._axis(x, dims), ""
         examples = self._examples
         if examples.watched is not None:
@@ -209,11 +209,11 @@ class MomentModule(nn.Module):
         leaves: list[Any] = []
         counter: Tensor | None = None
         compiling = torch.compiler.is_compiling()
-        call: list[Uses | None] | None = (
-            [] if self._reusable and not compiling and self._examples.batch is not None else None
-        )
+        batch = None if compiling else self._examples.batch
+        call: list[Uses | None] | None = [] if self._reusable and batch is not None else None
+        parameters = self._parameters
         for name in names:
-            p = self._parameters.get(name)
+            p = parameters.get(name)
             use = None
             if p is None:
                 value = getattr(self, name, None)
@@ -234,6 +234,9 @@ class MomentModule(nn.Module):
                     if moment.shared:
                         self._refuse_shared(name, moment)
                     leaves.append(moment.leaf)
+                elif batch is not None and moment.fits(p):
+                    leaves.append(moment.leaf)
+                    use = self._note_use(name, WITH)
                 else:
                     leaf, use = self._eager_leaf(name, p, moment)
                     leaves.append(leaf)

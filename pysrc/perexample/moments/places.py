@@ -23,6 +23,7 @@ _REORDERS = frozenset(
     "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd Take TakeAlongDim Flip Roll Sort Topk "
     "Cat Stack CopySlices".split()
 )
+_SUMS = frozenset(("Add", "Mul"))
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear")
 
 
@@ -43,10 +44,9 @@ def operation_of(name: str) -> str:
 
 def before(node: Any, number: int, place: Place, following: Any, index: int, batch: int) -> Place | None:
     """Where `place` of output `number` of `node` was in its input, output `index` of `following`; None if unknown."""
-    outputs, inputs = _shapes(node), _shapes(following)
-    if number >= len(outputs) or index >= len(inputs):
+    after, shape = _shape(node, number), _shape(following, index)
+    if after is None or shape is None:
         return None
-    after, shape = outputs[number], inputs[index]
     operation = operation_of(node.name())
     if operation in _RESHAPES:
         return _reshaped(place, after, shape, batch)
@@ -81,6 +81,15 @@ def _shapes(node: Any) -> list[Sequence[int]]:
     return [metadata.shape for metadata in node._input_metadata]
 
 
+def _shape(node: Any, number: int) -> Sequence[int] | None:
+    """That of its output `number`, if there is one."""
+    variable = getattr(node, "variable", None)
+    if variable is not None:
+        return variable.shape if number == 0 else None
+    metadata = node._input_metadata
+    return metadata[number].shape if number < len(metadata) else None
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value  # autograd hands out negative numbers so
 
@@ -98,6 +107,8 @@ def _reshaped(place: Place, after: Sequence[int], shape: Sequence[int], batch: i
 
 def _dim(node: Any, operation: str, dim: int, after: Sequence[int], shape: Sequence[int], following: Any) -> int | None:
     dims = len(shape)
+    if operation in _SUMS:
+        return dim - (len(after) - dims)  # nearly always: a residual sum
     if operation in MOVES:
         return _permutation(node, operation, dims)[dim]
     if operation in _UNCLEAR:

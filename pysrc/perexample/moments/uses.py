@@ -126,9 +126,10 @@ class Uses:
         self.count = 0
         self.products = 0  # how many uses are matrix products, as in a linear layer
         self.others = 0  # and how many neither those nor look-ups
-        self.indices: list[Tensor] = []  # of each look-up (B, T)
+        self.indices: tuple[Tensor, ...] = ()  # of each look-up (B, T)
         self.expanded: Any = None  # what `expansion` made of the parameter in this pass
-        self.pieces: dict[int, list[_Piece]] = {}  # by the number of the backward pass
+        # By the number of the backward pass. Made for the first piece: nearly every parameter is used once.
+        self.pieces: dict[int, list[_Piece]] | None = None
 
     @property
     def shared(self) -> bool:
@@ -138,7 +139,7 @@ class Uses:
 
     def look_up(self, indices: Tensor) -> int:
         """Note a look-up of rows; returns its number. indices: (B, T)."""
-        self.indices.append(indices)
+        self.indices = (*self.indices, indices)
         return len(self.indices) - 1
 
     # In backward: a piece in place of a second moment. Each returns what stands for the leaf's gradient.
@@ -176,6 +177,8 @@ class Uses:
 
     def _add(self, piece: _Piece, like: Tensor) -> Tensor | None:
         task = torch._C._current_graph_task_id()
+        if self.pieces is None:
+            self.pieces = {}
         pieces = self.pieces.get(task)
         if pieces is not None:
             pieces.append(piece)
@@ -188,11 +191,13 @@ class Uses:
         return _zero(like.dtype, like.device).expand(like.shape)
 
     def forget(self, task: int) -> None:
-        self.pieces.pop(task, None)
+        if self.pieces is not None:
+            self.pieces.pop(task, None)
         self.moment.waiting.pop(task, None)
 
     def contract(self, task: int, like: Tensor) -> Tensor:
         """``sum_b (sum_uses G_b)**2`` of the pieces of backward pass `task`; shape and dtype of `like`."""
+        assert self.pieces is not None  # made by the uses that wait for this
         pieces = self.pieces.pop(task)
         products = [piece for piece in pieces if isinstance(piece, _Product)]
         rows = [piece for piece in pieces if isinstance(piece, _Rows)]
