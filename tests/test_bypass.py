@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import backward, half_square_mean, randn
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import perexample as px
@@ -111,3 +112,53 @@ def test_weights_and_penalties_beside_the_output_are_left_to_the_guard():
     model = px.convert(Model(lambda m, h: (m.head(h), m.encode.weight, m.encode.weight.square().sum())).double())
     model(randn(4, 5))[0].sum().backward()
     assert model.encode.weight.sum_grad_squared is not None
+
+
+class Keeping(nn.Module):
+    """Adds what the last pass has left; `keep` says what of it."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.fc, self.scale, self.keep, self.kept = nn.Linear(5, 5), nn.Parameter(torch.ones(5)), keep, None
+
+    def forward(self, x):
+        h = self.fc(x).tanh() if self.kept is None else self.fc(x).tanh() + self.kept
+        self.kept = self.keep(self, h)
+        return h
+
+
+KEEPS = {
+    "a state": (lambda m, h: h, "fc\\.(weight|bias)"),
+    "a function of a parameter": (lambda m, h: m.scale.exp(), "scale"),
+}
+
+
+@pytest.mark.parametrize("which", KEEPS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_an_earlier_pass_left_in_the_model_is_refused(which, batch):
+    keep, name = KEEPS[which]
+    model = px.convert(Keeping(keep))
+    model(randn(batch, 5).float())
+    with pytest.raises(ValueError, match=f"^{name}: this forward pass uses what an earlier one computed with it"):
+        model(randn(batch, 5, seed=1).float())
+    assert model._examples.batch is None
+
+
+def test_a_state_that_is_detached_or_went_through_a_converted_part_is_not_refused():
+    model = px.convert(Keeping(lambda m, h: h.detach()))
+    for seed in range(2):
+        model(randn(3, 5, seed=seed).float()).sum().backward()
+    whole = nn.ModuleDict({"encoder": nn.Linear(5, 7), "decoder": nn.Linear(7, 5)})
+    for part in (whole, *whole.values()):
+        px.convert(part)
+    whole["decoder"](whole["encoder"](randn(3, 5).float())).sum().backward()
+    assert all(p.sum_grad_squared is not None for p in whole.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_weight_that_two_passes_compute_once_is_refused(batch):
+    model = px.convert(parametrizations.weight_norm(nn.Linear(5, 5)))
+    with parametrize.cached():
+        model(randn(batch, 5).float())
+        with pytest.raises(ValueError, match=r"original.: this forward pass uses what an earlier one computed with it"):
+            model(randn(batch, 5, seed=1).float())

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .. import autograd
 from ..autograd.expansion import batched
 from ..moments import ExampleCount, Moment, MomentModule, Uses, _Mode, overlap
-from ..moments.bypass import refuse_bypass
+from ..moments.bypass import refuse_bypass, refuse_earlier
 from ..moments.layout import PassInput
 from ..moments.module import WITH, WITHOUT
 from .influence import refuse_moved_batch, refuse_other_orders
@@ -205,6 +205,7 @@ def _look(
     examples.passes += 1
     if examples.watched is None and _now(examples.passes):
         refuse_bypass(outputs, examples, used, WITH)
+        refuse_earlier(outputs, examples, uses.values())
         if known is not None:
             refuse_other_orders(*call, known, outputs, list(uses.values()))
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .count import ExampleCount
 from .leaf import moment_of
+from .uses import Call, Uses
 
-__all__ = ["refuse_bypass"]
+__all__ = ["refuse_bypass", "refuse_earlier"]
 
 
 def refuse_bypass(outputs: Iterable[Tensor], examples: ExampleCount, used: dict[str, str], how: str) -> None:
@@ -70,3 +71,30 @@ def _refuse(name: str, node: str) -> None:
         f"told apart; let a module of its own do that (other.weight = layer.weight makes both uses exact), detach it, "
         f"or add a penalty on weights outside of the model's forward. Found at '{node}'"
     )
+
+
+def refuse_earlier(outputs: Iterable[Tensor], examples: ExampleCount, uses: Iterable[Uses]) -> None:
+    """Raise where `outputs` hang on what a layer made in an earlier forward pass, and the model has kept.
+
+    `uses` are those of this pass. Whatever came in through the output of a converted model has been counted there.
+    """
+    known = {id(use) for use in uses}
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node: Any = pending.pop()
+        if node.name() == "_CountExamplesBackward":
+            continue
+        call = getattr(node, "call", None)
+        for use in call.uses if isinstance(call, Call) else ():
+            if use is not None and id(use) not in known and use.moment.examples is examples:
+                raise ValueError(
+                    f"{use.moment.name}: this forward pass uses what an earlier one computed with it (a state or a "
+                    f"cache that the model keeps), so that one example's parts of its gradient come from two passes, "
+                    f"and have to be added before squaring; detach what is kept, compute it anew in each pass, or make "
+                    f"both passes inside of the forward of one converted model. Found at '{node.name()}'"
+                )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
