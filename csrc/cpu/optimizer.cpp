@@ -3,7 +3,8 @@
 //
 // The work is bound by memory: every array goes by once. The tensors are laid end to end, each
 // padded to whole cache lines, and that row is cut into equal chunks, so a thousand tiny tensors
-// cost no more than one large one. Arrays that are not of the arithmetic's type pass through small
+// cost no more than one large one. In a long row the chunks are longer, as the processor's own
+// fetching starts anew in each. Arrays that are not of the arithmetic's type pass through small
 // buffers in the L1 cache.
 #include "kernels.h"
 #include "rows.h"
@@ -12,9 +13,11 @@
 namespace perexample::cpu::PX_CAPABILITY {
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;  // elements of one task
-constexpr int64_t kBlock = 512;      // elements that are converted at a time
-constexpr int64_t kPad = 64;         // elements to which a tensor's size is rounded up
+constexpr int64_t kChunk = 1 << 14;    // elements of one task, at least
+constexpr int64_t kLongest = 1 << 18;  // and at most
+constexpr int64_t kTasks = 512;        // as many as that, and they are made longer
+constexpr int64_t kBlock = 512;        // elements that are converted at a time
+constexpr int64_t kPad = 64;           // elements to which a tensor's size is rounded up
 
 PX_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 PX_INLINE double square_root(double v) { return __builtin_sqrt(v); }
@@ -237,9 +240,10 @@ void optimizer_step(const Optimizer& o, const Parallel& parallel) {
     start[i + 1] = start[i] + ceil_div(o.tensors[i].n, kPad) * kPad;
   }
   int64_t total = start[o.count];
-  parallel(ceil_div(total, kChunk), [&](int64_t task) {
-    int64_t begin = task * kChunk;
-    int64_t end = min_of(begin + kChunk, total);
+  int64_t chunk = min_of(max_of(ceil_div(total / kPad, kTasks) * kPad, kChunk), kLongest);
+  parallel(ceil_div(total, chunk), [&](int64_t task) {
+    int64_t begin = task * chunk;
+    int64_t end = min_of(begin + chunk, total);
     int64_t low = 0, high = o.count;  // the last tensor with start <= begin is in [low, high)
     while (high - low > 1) {
       int64_t middle = low + (high - low) / 2;
