@@ -321,6 +321,23 @@ def test_dry_run_of_a_single_layer_and_of_a_converted_model():
     assert str(px.convert(px.convert(model), dry_run=True)) == expected
 
 
+def test_a_complex_parameter_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64))
+    why = "1 (Linear): its weight is complex; only real parameters have a second moment here"
+    assert str(px.convert(model, dry_run=True)[1]) == why
+
+
+def test_sync_batch_norm_in_eval_mode_has_a_kernel():
+    row = px.convert(nn.Sequential(nn.SyncBatchNorm(3)).eval(), dry_run=True)[0]
+    assert (row.how, row.why) == ("kernel", "as long as it stays in eval mode")
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (2, 1), (7, 1), (64, 32), (96, 32), (100, 25), (256, 32)])
+def test_the_groups_in_the_place_of_a_batch_norm(channels, groups):
+    model = px.convert(nn.Sequential(nn.BatchNorm1d(channels)), batchnorm="group")
+    assert model[0].num_groups == groups
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 2), nn.Embedding(5, 4), nn.GRUCell(4, 4)])
 def test_looking_at_a_parametrization_does_not_move_it_on(layer):
     name = "weight_hh" if isinstance(layer, nn.GRUCell) else "weight"
