@@ -341,6 +341,8 @@ REFUSED = {
     "a product in place": (lambda n, x, p: x[:, 1].clone().addmm_(x[:, 0], p.expand(3, 3)), "'addmm'"),
     "by strides": (lambda n, x, p: x * p.as_strided((3,), (1,)), "'as_strided'"),
     "another layer's weight": (lambda n, x, p: (x * p) + p @ n.fc.weight, "a parameter read from another layer"),
+    "copied into a tensor": (lambda n, x, p: x + torch.zeros(4, 5, 3, dtype=x.dtype).copy_(p), "in place"),
+    "added to a tensor in place": (lambda n, x, p: x + torch.zeros(3, dtype=x.dtype).add_(p), "in place"),
     "a hook on its gradient": (lambda n, x, p: (p.register_hook(lambda grad: 2 * grad), x * p)[1], "'register_hook'"),
     "batch second": (lambda n, x, p: x.transpose(0, 1) * p, "where the batch has 4 examples"),
 }

@@ -107,6 +107,8 @@ class Mapping:
 
     def mapped(self) -> Any:
         """The function of each copy."""
+        if names.in_place(self.func) or self.kwargs.get("out") is not None:
+            self.refuse("in place, into one tensor for all examples")
         flat, spec = tree_flatten((self.args, self.kwargs))
         where = [i for i, value in enumerate(flat) if isinstance(value, PerExample)]
         one = self.with_parts(where, flat, spec)
