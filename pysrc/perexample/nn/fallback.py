@@ -184,6 +184,8 @@ def _by_rows(module: Any) -> bool:
 def _take_copies(module: Any, args: Any, kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor and module._examples.batch != 1:
+        return None  # nearly always
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     found = [value for value in tensors if isinstance(value, PerExample)]
     if not found:
@@ -275,7 +277,8 @@ def _take_lone(module: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> An
 def _give_copies(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
-    lone, rows_of, found = (module.__dict__.pop(name, None) for name in ("_was_lone", "_rows_of", "_copies_of"))
+    state = module.__dict__
+    lone, rows_of, found = state.pop("_was_lone", None), state.pop("_rows_of", None), state.pop("_copies_of", None)
     if output is None:  # it has raised
         return None
     if lone:
