@@ -247,6 +247,26 @@ class TestNobodyNotices:
         for one, other in zip(*(result[1:] for result in results), strict=True):
             assert torch.equal(one, other)
 
+    def test_large_tensors_are_not_copied_and_not_written_to(self, monkeypatch):
+        influence = importlib.import_module("perexample.convert.influence")
+        monkeypatch.setattr(influence, "_LARGE", 8 * 100)
+        places = []
+
+        def body(m, x):
+            places.append(m.table.data_ptr())
+            if m.writes:
+                m.table += 1
+            return m.second(2 * x + m.table.sum())
+
+        for writes, forwards in ((False, 4), (True, 2)):  # the second one ends where it would write
+            model = convert(body)
+            model.table = torch.zeros(100, dtype=torch.float64)
+            model.writes = writes
+            model(X)
+            assert len(set(places)) == 1 and len(places) == forwards
+            assert model.table.eq(writes).all()
+            places.clear()
+
     def test_it_is_tried_ever_more_rarely_and_only_where_it_is_unclear(self):
         model = convert(KEPT["changed"])
         for _ in range(9):

@@ -28,6 +28,8 @@ from ..moments.layout import PassInput, Seen
 from ..moments.places import may_reorder
 from ..nn.fallback import Fallback
 
+_LARGE = 16 << 20  # bytes of a tensor that a trial does not copy
+
 __all__ = ["copy_of", "cuda_devices", "refuse_moved_batch", "refuse_other_orders"]
 
 
@@ -177,10 +179,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
 def copy_of(module: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, with other objects `instead` of some, by their id; results that forward left in it as values."""
     memo = dict(instead or {})
-    for part in module.modules():
-        for value in pytree.tree_leaves(list(vars(part).values())):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+    memo |= {id(value): value.detach().clone() for value in _held(module) if value.grad_fn is not None}
     return copy.deepcopy(module, memo)
 
 
@@ -197,11 +196,15 @@ class _Trial(NamedTuple):
 
 
 class _ReadOnly(TorchDispatchMode):
-    """Raise before anything is written to parameters and buffers of `module` itself, which a copy may reach."""
+    """Raise before anything is written to parameters and buffers of `module` itself, which a copy may reach.
 
-    def __init__(self, module: nn.Module) -> None:
+    And to what the copy has in common with it, `shared`.
+    """
+
+    def __init__(self, module: nn.Module, shared: list[Tensor]) -> None:
         super().__init__()
-        tensors = (t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided and t.numel())
+        held = (*module.parameters(), *module.buffers(), *shared)
+        tensors = (t for t in held if t.layout == torch.strided and t.numel())
         self.storages = {t.untyped_storage().data_ptr() for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -281,8 +284,10 @@ class _Trials:
         Turned around along its first dimension a row has the same length and the same sum, by which models sort. Or
         with one example `fewer`, unless the model keeps something from pass to pass.
         """
-        # The parameters are shared, what else there is in the model is the copy's own.
-        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        # The parameters are shared, and large tensors, what else there is in the model is the copy's own.
+        large = [t for t in _held(self.module) if t.numel() * t.element_size() >= _LARGE and t.grad_fn is None]
+        shared: dict[int, Tensor] = {id(t): t for t in large}
+        shared |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
         module = copy_of(self.module, shared)
         examples: ExampleCount = module._examples  # type: ignore[assignment]
         seen: list[Seen] = []
@@ -303,7 +308,7 @@ class _Trials:
         args, kwargs = pytree.tree_unflatten([copies[id(value)] for value in self.flat], self.spec)
         # The exact fallback looks at what its parameters meet only where there are gradients.
         grad = any(self.known.unclear.values())
-        with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(grad), _ReadOnly(self.module):
+        with torch.random.fork_rng(cuda_devices(module)), torch.set_grad_enabled(grad), _ReadOnly(self.module, large):
             outputs = pytree.tree_leaves(module(*args, **kwargs))
         if fewer and not _same(state, _with_rows(module, self.batch)):
             raise ValueError("what the model keeps may have rows of examples")
@@ -342,9 +347,13 @@ class _Trials:
 
 def _with_rows(module: nn.Module, batch: int) -> list[tuple[Tensor, int]]:
     """The tensors that a model holds which may have rows of examples, and how often each has been changed."""
+    return [(t, t._version) for t in _held(module) if batch in t.shape or batch - 1 in t.shape]
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    """The parameters, buffers and other tensors that a model holds."""
     values = (value for part in module.modules() for value in pytree.tree_leaves(list(vars(part).values())))
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return [(t, t._version) for t in tensors if batch in t.shape or batch - 1 in t.shape]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _same(state: list[tuple[Tensor, int]], later: list[tuple[Tensor, int]]) -> bool:
