@@ -30,6 +30,7 @@ constexpr int64_t kTaskSize = 1 << 15;  // elements that are worth a task
 constexpr int64_t kTasksPerThread = 8;  // so that no thread waits long for another
 constexpr int64_t kSplitColumns = 256;  // columns of a task where one row dominates
 constexpr int64_t kAhead = 512;         // elements of the outputs whose lines are fetched early
+constexpr int64_t kFewRows = 32;        // occurrences of a row whose sums stay in registers
 constexpr int64_t kComing = 5;          // occurrences from one to that which is fetched with it
 
 template <class Int>
@@ -130,7 +131,7 @@ void sum_row(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<
   narrow_row(n, block.sum_sq, static_cast<A*>(a.dw_sq) + at);
 }
 
-// The same for a row of at most kBlockRows occurrences, whose sums stay in registers: `rows` points
+// The same for a row of at most kFewRows occurrences, whose sums stay in registers: `rows` points
 // to them, `coming` to others that are fetched meanwhile, `last` says which end an example. G is
 // the dtype of dw.
 template <class T, class G>
@@ -139,7 +140,7 @@ void sum_few(const T* const* rows, const T* const* coming, const bool* last, int
   using A = Accumulator<T>;
   constexpr int64_t L = lanes<A>;
   auto row = [&](int64_t r) PX_LAMBDA { return rows[r]; };
-  each_strip<T>(n, count, row, [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
+  auto strip = [&](auto vectors, int64_t column, const auto& at) PX_LAMBDA {
     constexpr int V = decltype(vectors)::value;
     Vec<A> g[V] = {}, total[V] = {}, square[V] = {};
     for (int64_t r = 0; r < count; ++r) {
@@ -169,7 +170,8 @@ void sum_few(const T* const* rows, const T* const* coming, const bool* last, int
         store_first(dw_sq + i, square[v], n - i);
       }
     });
-  });
+  };
+  each_strip<T, kFewRows>(n, count, row, strip);
 }
 
 // Columns [column, column + n) of a row of few occurrences; all end at `all_end`.
@@ -177,8 +179,8 @@ template <class T, class Int>
 void gather_few(const Embedding& a, const Occurrence<Int>* begin, const Occurrence<Int>* end,
                 const Occurrence<Int>* all_end, int64_t row, int64_t column, int64_t n) {
   using A = Accumulator<T>;
-  const T *rows[kBlockRows], *coming[kBlockRows];
-  bool last[kBlockRows];
+  const T *rows[kFewRows], *coming[kFewRows];
+  bool last[kFewRows];
   int64_t count = end - begin, example_end = 0;
   for (int64_t r = 0; r < count; ++r) {
     auto find = [&](int64_t position, int64_t b) {
@@ -254,7 +256,7 @@ void moments(const Embedding& a, const Parallel& parallel) {
       if (v == v_end) break;
       const Occurrence<Int>* end = next;
       while (end < sorted + count && static_cast<int64_t>(end->index) == v) ++end;
-      if (end - next <= kBlockRows && simple) {
+      if (end - next <= kFewRows && simple) {
         gather_few<T>(a, next, end, sorted + count, v, left, right - left);
         next = end;
         ++v;

@@ -111,10 +111,10 @@ struct Block {
   alignas(64) A G[kBlockColumns], sum[kBlockColumns], sum_sq[kBlockColumns];
 };
 
-// Across n columns of `rows` rows (at most kBlockRows), of which row(r) points to the first column:
+// Across n columns of `rows` rows (at most kRows), of which row(r) points to the first column:
 // strip(vectors, column, at) for strips of four vectors, then single ones; at(r) points to the
 // strip in row r. The last columns are in a padded copy.
-template <class T, class Row, class F>
+template <class T, int64_t kRows = kBlockRows, class Row, class F>
 PX_INLINE void each_strip(int64_t n, int64_t rows, const Row& row, const F& strip) {
   constexpr int64_t L = lanes<Accumulator<T>>;
   int64_t i = 0;
@@ -122,7 +122,7 @@ PX_INLINE void each_strip(int64_t n, int64_t rows, const Row& row, const F& stri
   for (; i + 4 * L <= n; i += 4 * L) strip(std::integral_constant<int, 4>{}, i, at);
   for (; i + L <= n; i += L) strip(std::integral_constant<int, 1>{}, i, at);
   if (i < n) {
-    T last[kBlockRows * L] = {};
+    T last[kRows * L] = {};
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = i; j < n; ++j) last[r * L + j - i] = row(r)[j];
     }
