@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..moments import ExampleCount, MomentModule, Uses
 from ..moments.layout import PassInput, Seen
-from ..moments.places import may_reorder
+from ..moments.places import history, may_reorder
 from ..nn.fallback import Fallback
 
 _LARGE = 16 << 20  # bytes of a tensor that a trial does not copy
@@ -76,7 +76,8 @@ def refuse_other_orders(
     """
     batch = known.tensor.shape[known.axis]
     users = [names for use in uses if (names := _users(use, known.met))]
-    if batch < 2 or not users or not _may_reorder(outputs, batch) or not _repeatable(module, known.tensor):
+    may = batch >= 2 and bool(users) and any(may_reorder(node, batch) for node in history(outputs))
+    if not may or not _repeatable(module, known.tensor):
         return
     wanted = {name: fallback for names in users for name, fallback in names.items()}
     known = PassInput(known.tensor, known.axis, unclear=wanted)
@@ -112,20 +113,6 @@ def _users(uses: Uses, met: dict[str, int]) -> dict[str, bool]:
         ):
             names[owner._label()] = False
     return names
-
-
-def _may_reorder(outputs: list[Tensor], batch: int) -> bool:
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if may_reorder(node, batch):
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return False
 
 
 def _repeatable(module: nn.Module, x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from ..moments import ExampleCount, Moment, MomentModule, Uses, _Mode, overlap
 from ..moments.bypass import refuse_bypass, refuse_earlier
 from ..moments.layout import PassInput
 from ..moments.module import WITH, WITHOUT
+from ..moments.places import history
 from .influence import refuse_moved_batch, refuse_other_orders
 
 __all__ = ["batch_of", "follow_passes"]
@@ -104,20 +105,13 @@ def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _refuse_chain(module: nn.Module, examples: ExampleCount, root: str, inputs: Iterator[Tensor]) -> None:
     """Raise where an input was computed by an earlier pass through the same weights: it would count examples twice."""
     leaves = [examples.roots[name][0] for name in examples.root_names if overlap(name, root)]
-    pending = [tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
+    for node in history(inputs):
         if any(getattr(node, "variable", None) is leaf for leaf in leaves):
             raise ValueError(
                 f"{type(module).__name__}: an input was computed by an earlier forward pass through the same weights, "
                 f"so they are used twice for one example, and their uses have to be added per example before squaring: "
                 f"detach the input, or make both calls inside of the forward of one converted model"
             )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .count import ExampleCount
 from .leaf import moment_of
+from .places import history
 from .uses import Call, Uses
 
 __all__ = ["refuse_bypass", "refuse_earlier"]
@@ -79,12 +80,7 @@ def refuse_earlier(outputs: Iterable[Tensor], examples: ExampleCount, uses: Iter
     `uses` are those of this pass. Whatever came in through the output of a converted model has been counted there.
     """
     known = {id(use) for use in uses}
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node: Any = pending.pop()
-        if node.name() == "_CountExamplesBackward":
-            continue
+    for node in history(outputs, end="_CountExamplesBackward"):
         call = getattr(node, "call", None)
         for use in call.uses if isinstance(call, Call) else ():
             if use is not None and id(use) not in known and use.moment.examples is examples:
@@ -94,7 +90,3 @@ def refuse_earlier(outputs: Iterable[Tensor], examples: ExampleCount, uses: Iter
                     f"and have to be added before squaring; detach what is kept, compute it anew in each pass, or make "
                     f"both passes inside of the forward of one converted model. Found at '{node.name()}'"
                 )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["MOVES", "Place", "before", "joins_data", "may_reorder", "operation_of"]
+__all__ = ["MOVES", "Place", "before", "history", "joins_data", "may_reorder", "operation_of"]
 
 MOVES = {"Permute": "'permute'", "Transpose": "'transpose'", "T": "'t'"}
 
@@ -35,6 +36,21 @@ class Place(NamedTuple):
 
     dim: int
     step: int
+
+
+def history(tensors: Iterable[Tensor], end: str = "") -> Iterator[Any]:
+    """The nodes of autograd's graph that `tensors` hang on, each once; none called `end`, nor what is behind."""
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if end and node.name() == end:
+            continue
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
 
 
 def operation_of(name: str) -> str:
